@@ -1,0 +1,1 @@
+"""Making checkpoints: `python -m convert.random_checkpoint`."""

@@ -1,0 +1,207 @@
+"""Writes a checkpoint in the published layout with random weights: `python -m convert.random_checkpoint OUT`.
+
+What is written by default is the built-in checkpoint (cosmos3_jax/tiny). Numbers come from numpy's RandomState, whose streams
+never change, so the same arguments write the same file on any machine; the tests rely on it. Every weight matters: norms are
+not 1, biases not 0. No torch.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from cosmos3_jax.axes import make_mesh
+from cosmos3_jax.checkpoint import BUILT_IN, GEN_NAMES, UND_NAMES, file_names, file_shapes, unused_tensors, vae_file_names
+from cosmos3_jax.config import TINY, TINY_VAE, TransformerConfig, VAEConfig
+from cosmos3_jax.pipeline import abstract_networks
+
+Shapes = dict[str, tuple[int, ...]]
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = [
+    "A red ball rolls to the right over a wooden floor while the camera follows it.",
+    "The video is 1.4 seconds long and is of 24 FPS. This video is of 128x224 resolution. This image is of 64x96 resolution.",
+    "The video is not 7.9 seconds long and is not of 24 FPS. This video is not of 720x1280 resolution.",
+    "You are a helpful assistant who will generate videos from a give prompt, and images too.",
+    "A robot arm picks up a cup from the table and puts it on the shelf; waves break on the shore at sunset.",
+]
+SCHEDULER = {
+    "_class_name": "UniPCMultistepScheduler",
+    "num_train_timesteps": 1000,
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "use_karras_sigmas": True,
+    "sigma_min": 0.147,
+    "sigma_max": 200.0,
+    "flow_shift": 1.0,
+    "solver_order": 2,
+    "solver_type": "bh2",
+}
+
+
+def write_checkpoint(
+    folder: Path,
+    transformer: TransformerConfig = TINY,
+    vae: VAEConfig = TINY_VAE,
+    *,
+    seed: int = 0,
+    dtype: type = np.float32,
+    shards: int = 1,
+) -> Path:
+    """Fills `folder` with configs, the built-in tokenizer and random weights, the transformer's in `shards` files."""
+    random = np.random.RandomState(seed)
+    write_weights(folder / "transformer", _random(transformer_shapes(transformer), random, dtype), shards)
+    write_weights(folder / "vae", _random(vae_shapes(vae), random, dtype), 1)
+    if folder.resolve() != BUILT_IN:
+        shutil.copytree(BUILT_IN / "text_tokenizer", folder / "text_tokenizer", dirs_exist_ok=True)
+    _write_json(folder / "model_index.json", model_index())
+    _write_json(folder / "transformer" / "config.json", transformer_json(transformer))
+    _write_json(folder / "vae" / "config.json", vae_json(vae))
+    _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    return folder
+
+
+def transformer_shapes(config: TransformerConfig) -> Shapes:
+    """Every published tensor of the transformer, also those that generation does not read."""
+    und, gen, _ = abstract_networks(config, TINY_VAE, make_mesh(), "float32")
+    layers = config.num_hidden_layers
+    shapes = file_shapes(und.weights, file_names(UND_NAMES, und.weights, layers))
+    shapes |= file_shapes(gen.weights, file_names(GEN_NAMES, gen.weights, layers))
+    D, V = config.hidden_size, config.vocab_size
+    elsewhere = {"lm_head.weight": (V, D), "norm.weight": (D,)}
+    if config.sound_gen:
+        elsewhere |= _head_shapes("audio", D, config.sound_dim or 0)
+    if config.action_gen:
+        elsewhere |= _action_shapes(D, config.action_dim or 0, config.num_embodiment_domains)
+    for name in unused_tensors(config):
+        twin = name.replace(f"layers.{layers - 1}.", "layers.0.")
+        if name in elsewhere or twin in shapes:
+            shapes[name] = elsewhere[name] if name in elsewhere else shapes[twin]
+    return shapes
+
+
+def _head_shapes(kind: str, D: int, size: int) -> Shapes:
+    return {
+        f"{kind}_proj_in.weight": (D, size),
+        f"{kind}_proj_in.bias": (D,),
+        f"{kind}_proj_out.weight": (size, D),
+        f"{kind}_proj_out.bias": (size,),
+        f"{kind}_modality_embed": (D,),
+    }
+
+
+def _action_shapes(D: int, size: int, domains: int) -> Shapes:
+    return {
+        "action_proj_in.fc.weight": (domains, size * D),
+        "action_proj_in.bias.weight": (domains, D),
+        "action_proj_out.fc.weight": (domains, D * size),
+        "action_proj_out.bias.weight": (domains, size),
+        "action_modality_embed": (D,),
+    }
+
+
+def vae_shapes(config: VAEConfig) -> Shapes:
+    """Every published tensor of the VAE."""
+    vae = abstract_networks(TINY, config, make_mesh(), "float32")[2]
+    return file_shapes(vae.weights, vae_file_names(vae.weights))
+
+
+def _random(shapes: Shapes, random: np.random.RandomState, dtype: type) -> dict[str, np.ndarray]:
+    tensors: dict[str, np.ndarray] = {}
+    for name, shape in sorted(shapes.items()):
+        noise = random.standard_normal(shape)
+        if len(shape) == 1 or name.endswith("gamma"):
+            value = ("norm" in name and not name.endswith("bias")) + 0.1 * noise
+        else:
+            value = noise / np.prod(shape[1:]) ** 0.5
+        tensors[name] = value.astype(dtype)
+    return tensors
+
+
+def write_weights(folder: Path, tensors: dict[str, np.ndarray], shards: int) -> None:
+    """The tensors in one safetensors file, or spread over several with their index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = "diffusion_pytorch_model"
+    if shards == 1:
+        save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+        return
+    files = {name: f"{stem}-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(tensors)}
+    for file in sorted(set(files.values())):
+        part = {name: tensors[name] for name in tensors if files[name] == file}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    _write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": files})
+
+
+def model_index() -> dict[str, object]:
+    """model_index.json, as the published ones have it."""
+    return {
+        "_class_name": "Cosmos3OmniPipeline",
+        "default_use_system_prompt": True,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", "Cosmos3OmniTransformer"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+
+
+def transformer_json(config: TransformerConfig) -> dict[str, object]:
+    """transformer/config.json."""
+    derived = {"_class_name": "Cosmos3OmniTransformer", "patch_latent_dim": config.sizes["C"], "attention_bias": False}
+    return derived | dataclasses.asdict(config)
+
+
+def vae_json(config: VAEConfig) -> dict[str, object]:
+    """vae/config.json."""
+    return {"_class_name": "AutoencoderKLWan", "is_residual": True, "attn_scales": []} | dataclasses.asdict(config)
+
+
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE of 512 tokens, trained on a few sentences; any text can be written with it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY.vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    _write_json(folder / "tokenizer_config.json", config)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m convert.random_checkpoint", description=__doc__)
+    parser.add_argument("out", type=Path, help="the folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", action="store_true", help="train the tokenizer anew, too")
+    arguments = parser.parse_args()
+    if arguments.tokenizer:
+        write_tokenizer(arguments.out / "text_tokenizer")
+    write_checkpoint(arguments.out, seed=arguments.seed, dtype=ml_dtypes.bfloat16)
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

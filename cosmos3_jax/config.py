@@ -1,0 +1,212 @@
+"""What a checkpoint's JSON says, as frozen dataclasses, and the published models as presets.
+
+Field names are those of the published files. A key that is absent takes the default of the reference (diffusers 0.42.1),
+a key that changes nothing here is ignored, and a value that this project does not implement is refused by name.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+
+class InputError(ValueError):
+    """A value from outside cannot be used; the message names it, what was expected and what to do."""
+
+
+def _fields(cls: type, json: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of `json` that are fields of `cls`, lists made tuples; null means the default."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    known = {name: value for name, value in json.items() if name in names and value is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+
+
+def _require(file: str, json: Mapping[str, Any], **values: Any) -> None:
+    """Refuses a config whose keys, where present, differ from the values that are implemented."""
+    for key, value in values.items():
+        if json.get(key, value) != value:
+            raise InputError(f"{file}: {key}={json[key]!r} is not supported; only {value!r} is")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """`transformer/config.json`; the defaults are Cosmos3-Nano's."""
+
+    hidden_size: int = 4096
+    intermediate_size: int = 12288
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    vocab_size: int = 151936
+    hidden_act: str = "silu"  # "silu": gated MLP (Nano, Super); "relu2": squared ReLU and Nemotron's RMSNorm (Edge)
+    rms_norm_eps: float = 1e-6
+    qk_norm_for_text: bool = True
+    use_und_k_norm_for_gen: bool = False
+    rope_theta: float = 5e6
+    rope_axes_dim: tuple[int, int, int] = (24, 20, 20)  # rotary slots of the (t, h, w) axes
+    latent_channel: int = 48
+    latent_patch_size: int = 2
+    timestep_scale: float = 0.001
+    base_fps: float = 24.0
+    enable_fps_modulation: bool = True
+    unified_3d_mrope_reset_spatial_ids: bool = True
+    unified_3d_mrope_temporal_modality_margin: int = 15000
+    sound_gen: bool = False
+    sound_dim: int | None = None
+    sound_latent_fps: float = 25.0
+    action_gen: bool = False
+    action_dim: int | None = None
+    num_embodiment_domains: int = 32
+
+    @classmethod
+    def from_json(cls, json: Mapping[str, Any]) -> Self:
+        """Reads `transformer/config.json`. Raises InputError for an architecture that is not implemented."""
+        _require("transformer/config.json", json, attention_bias=False)
+        section = (json.get("rope_scaling") or {}).get("mrope_section")
+        config = cls(**({"rope_axes_dim": tuple(section)} if section else {}) | _fields(cls, json))
+        if config.hidden_act not in ("silu", "relu2"):
+            raise InputError(f"transformer/config.json: hidden_act={config.hidden_act!r} is neither 'silu' nor 'relu2'")
+        if json.get("patch_latent_dim", config.sizes["C"]) != config.sizes["C"]:
+            raise InputError(
+                f"transformer/config.json: patch_latent_dim={json['patch_latent_dim']} should be latent_channel x "
+                f"latent_patch_size^2 = {config.sizes['C']}"
+            )
+        return config
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each lettered dimension of a weight (axes.py)."""
+        return {
+            "L": self.num_hidden_layers,
+            "D": self.hidden_size,
+            "F": self.intermediate_size,
+            "N": self.num_attention_heads,
+            "K": self.num_key_value_heads,
+            "H": self.head_dim,
+            "V": self.vocab_size,
+            "C": self.latent_channel * self.latent_patch_size**2,
+            "E": 256,  # fixed by the architecture: diffusers transformer_cosmos3.py, `time_proj`
+        }
+
+    @property
+    def nemotron(self) -> bool:
+        """Whether this is the Edge family, which multiplies a norm's scale in float32."""
+        return self.hidden_act == "relu2"
+
+    def check_tensor_parallel(self, tp: int) -> None:
+        """Raises InputError unless `tp` devices can divide the heads and the MLP evenly."""
+        divided = {
+            "query heads": self.num_attention_heads,
+            "key/value heads": self.num_key_value_heads,
+            "MLP columns": self.intermediate_size,
+        }
+        possible = [n for n in (1, 2, 4, 8) if not any(size % n for size in divided.values())]
+        for what, size in divided.items():
+            if size % tp:
+                raise InputError(f"tp={tp} does not divide {size} {what}; use tp in {{{', '.join(map(str, possible))}}}")
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """`vae/config.json` of the residual Wan 2.2 VAE; the defaults are the published ones, the same in every model."""
+
+    base_dim: int = 160
+    decoder_base_dim: int = 256
+    z_dim: int = 48
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    in_channels: int = 12
+    out_channels: int = 12
+    patch_size: int = 2
+    scale_factor_spatial: int = 16
+    scale_factor_temporal: int = 4
+    # fmt: off
+    latents_mean: tuple[float, ...] = (
+        -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+        0.157, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+        -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.123, -0.0313, -0.1649, 0.0117, 0.0723,
+        -0.2839, -0.2083, -0.052, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+    )
+    latents_std: tuple[float, ...] = (
+        0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.499, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+        0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+        0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+        0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.06, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+    )
+    # fmt: on
+
+    @classmethod
+    def from_json(cls, json: Mapping[str, Any]) -> Self:
+        """Reads `vae/config.json`. Raises InputError for a VAE of another kind than Wan 2.2's."""
+        _require("vae/config.json", {"is_residual": False} | dict(json), is_residual=True)
+        _require("vae/config.json", json, attn_scales=[])
+        values = {"decoder_base_dim": json.get("base_dim")} | _fields(cls, json)
+        return cls(**{name: value for name, value in values.items() if value is not None})
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(t, h, w) of the latents of a clip: the first frame stands alone, then four frames a latent."""
+        time, space = self.scale_factor_temporal, self.scale_factor_spatial
+        return (num_frames - 1) // time + 1, height // space, width // space
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+    """`scheduler/scheduler_config.json`: what the sigma grids need to know."""
+
+    num_train_timesteps: int = 1000
+    sigma_min: float = 0.147
+    sigma_max: float = 200.0
+
+    @classmethod
+    def from_json(cls, json: Mapping[str, Any]) -> Self:
+        """Reads the scheduler's JSON. Raises InputError for any sampler but UniPC for flow matching, order 2, "bh2"."""
+        _require(
+            "scheduler/scheduler_config.json",
+            json,
+            _class_name="UniPCMultistepScheduler",
+            prediction_type="flow_prediction",
+            predict_x0=True,
+            solver_order=2,
+            solver_type="bh2",
+            lower_order_final=True,
+            final_sigmas_type="zero",
+            disable_corrector=[],
+            solver_p=None,
+            thresholding=False,
+            use_dynamic_shifting=False,
+            shift_terminal=None,
+        )
+        return cls(**_fields(cls, json))
+
+
+NANO = TransformerConfig(sound_gen=True, sound_dim=64, action_gen=True, action_dim=64)
+SUPER = dataclasses.replace(NANO, hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64)
+EDGE = TransformerConfig(
+    hidden_size=2048,
+    intermediate_size=9216,
+    num_hidden_layers=28,
+    num_attention_heads=16,
+    vocab_size=131072,
+    hidden_act="relu2",
+    rms_norm_eps=1e-5,
+    qk_norm_for_text=False,
+    use_und_k_norm_for_gen=True,
+    rope_theta=1e8,
+    action_gen=True,
+    action_dim=64,
+)
+TINY = TransformerConfig(
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    head_dim=16,
+    vocab_size=512,
+    rope_axes_dim=(4, 2, 2),
+    latent_channel=16,
+)
+PRESETS = {"nano": NANO, "super": SUPER, "edge": EDGE, "tiny": TINY}
+WAN_VAE = VAEConfig()
+TINY_VAE = VAEConfig(base_dim=8, decoder_base_dim=12, z_dim=16, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)

@@ -1,0 +1,142 @@
+"""The command line: `python -m cosmos3_jax.generate --prompt "a red ball rolls to the right" --out ball.mp4`.
+
+Flags are the words of `Request` with dashes. Wrong input is one sentence on stderr and exit code 2, before any weight is
+loaded and with no file left behind. The last line on stdout is a JSON object.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import jax
+
+from cosmos3_jax import __version__, media
+from cosmos3_jax.axes import make_mesh
+from cosmos3_jax.checkpoint import BUILT_IN, Checkpoint
+from cosmos3_jax.config import InputError
+from cosmos3_jax.pipeline import DTYPES, Cosmos3Pipeline, open_media
+from cosmos3_jax.request import Request, ResolvedRequest, resolve
+
+# A first video within a minute on two CPU cores, where Request's own defaults (720p, 189 frames) would take hours.
+BUILT_IN_DEFAULTS = {"prompt": "A red ball rolls to the right.", "num_frames": 33, "height": 128, "width": 224}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; the exit code."""
+    arguments = _parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        try:
+            _generate(arguments)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    """Checks everything, loads, generates, writes, and tells."""
+    checkpoint = Checkpoint.open(arguments.checkpoint or BUILT_IN)
+    request = resolve(_request(arguments), checkpoint.transformer, checkpoint.vae)
+    out = Path(arguments.out or ("cosmos3.png" if request.clip.is_image else "cosmos3.mp4"))
+    media.check_writable(out, request.num_frames)
+    request = open_media(request, checkpoint.vae)
+    mesh = make_mesh(arguments.cfg, arguments.tp)
+
+    if arguments.checkpoint is None:
+        print("no --checkpoint: this is the built-in one. It is tiny and its weights are random, so expect coloured noise.")
+    start = time.perf_counter()
+    pipe = Cosmos3Pipeline.from_pretrained(checkpoint.folder, mesh=mesh, dtype=arguments.dtype)
+    seconds = {"load": round(time.perf_counter() - start, 3)}
+    settings = {
+        "checkpoint": str(checkpoint.folder),
+        "dtype": pipe.dtype,
+        "mesh": f"cfg={arguments.cfg} tp={arguments.tp} of {jax.device_count()} {jax.default_backend()} device(s)",
+        **_settings(request),
+    }
+    for name, value in settings.items():
+        print(f"{name:>20}  {value}")
+
+    result = pipe.run(request)
+    start = time.perf_counter()
+    result.save(out)
+    seconds |= result.seconds | {"write": round(time.perf_counter() - start, 3)}
+    for stage, value in seconds.items():
+        print(f"{stage:>20}  {value:.2f} s")
+    print(json.dumps({"out": str(out), "seconds": seconds, "version": __version__, **settings}))
+
+
+def _request(arguments: argparse.Namespace) -> Request:
+    """The flags that were given, as a request."""
+    names = {field.name for field in dataclasses.fields(Request)}
+    given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    for name in ("prompt", "negative_prompt"):
+        if given.get(name, "").startswith("@"):
+            given[name] = _read_text(given[name][1:])
+    if arguments.checkpoint is None:
+        given = BUILT_IN_DEFAULTS | given
+    if "prompt" not in given:
+        raise InputError("--prompt is missing; give a text, or @FILE to read it from a file")
+    return Request(output_type="pil", **given)
+
+
+def _settings(request: ResolvedRequest) -> dict[str, object]:
+    """The resolved request as JSON has it: pictures by their size, nothing that was not asked for."""
+    settings: dict[str, object] = {}
+    for field in dataclasses.fields(request):
+        value = getattr(request, field.name)
+        if field.name == "image" and value is not None:
+            value = f"{value.width}x{value.height}"
+        if field.name == "video" and value is not None:
+            value = f"{len(value)} frames of {value[0].width}x{value[0].height}"
+        if value is not None and field.name not in ("output_type", "enable_sound"):
+            settings[field.name] = value
+    if request.video is None:
+        del settings["condition_frame_indexes_vision"], settings["condition_video_keep"]
+    return settings
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"@{path}: no text file that can be read ({error})") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cosmos3_jax.generate", description="Generate a video or an image with NVIDIA Cosmos3."
+    )
+    add = parser.add_argument
+    add("--checkpoint", metavar="DIR", help="published folder or Hugging Face id; a tiny built-in one if left out")
+    add("--prompt", metavar="TEXT|@FILE", help="what to show: text or a JSON caption")
+    add("--negative-prompt", metavar="TEXT|@FILE", help="what not to show")
+    add("--image", metavar="FILE", help="first frame")
+    add("--video", metavar="FILE", help="clip to go on from")
+    add("--condition-frame-indexes-vision", metavar="I", type=int, nargs="+", help="latent frames that --video gives (0 1)")
+    add("--condition-video-keep", choices=("first", "last"), help="the end of --video that is taken (first)")
+    add("--num-frames", metavar="N", type=int, help="1 for an image, else 1 + 4k (189)")
+    add("--height", metavar="H", type=int, help="pixels, a multiple of 16 (720)")
+    add("--width", metavar="W", type=int, help="pixels, a multiple of 16 (1280)")
+    add("--fps", metavar="F", type=float, help="frames a second (24)")
+    add("--steps", metavar="N", type=int, dest="num_inference_steps", help="denoising steps (35; image 50)")
+    add("--guidance-scale", metavar="G", type=float, help="weight of the prompt, off at 1 (6; image 4)")
+    add("--flow-shift", metavar="S", type=float, help="more of the steps at high noise (10; image 3)")
+    add("--sigmas", choices=("native", "linear", "karras"), help="noise levels (native)")
+    add("--seed", metavar="N", type=int, help="of the noise (42)")
+    add("--sound", action="store_const", const=True, dest="enable_sound", help="with sound (not in this version)")
+    add("--prompt-style", choices=("native", "diffusers"), help="what is added to the prompt (native)")
+    add("--steps-per-call", metavar="N", type=int, help="steps in one program (1)")
+    add("--cfg", type=int, default=1, help="2: the branches of guidance on two halves of the devices (1)")
+    add("--tp", metavar="N", type=int, default=1, help="devices that share the heads (1)")
+    add("--dtype", choices=DTYPES, help="of weights and activations (bfloat16 on GPUs, else float32)")
+    add("--out", metavar="FILE", help=".mp4, or .png, .jpg, .webp of one frame (cosmos3.mp4)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Images and clips between files and arrays. The only file that imports imageio.
+
+Conditioning pictures are prepared as diffusers 0.42.1 does it, to the bit where that matters: one flipped uint8 moves the
+latents by more than a float32 port otherwise errs. Files are written beside their place and renamed into it, so that what is
+there is whole.
+"""
+
+import collections
+import contextlib
+import itertools
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cosmos3_jax.config import InputError
+
+VIDEO_SUFFIXES = (".mp4",)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The picture in a file, upright (EXIF applied). Raises InputError if it is none."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image.convert("RGB") if image.mode == "P" else image).copy()
+    except FileNotFoundError as error:
+        raise InputError(f"image {path}: there is no such file") from error
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise InputError(f"image {path}: not an image that can be read; PNG, JPEG and WebP are ({error})") from error
+
+
+def open_clip(path: str | Path, count: int, keep: str = "first") -> list[Image.Image]:
+    """The first or last `count` frames of a video file. Raises InputError if it is none."""
+    if not Path(path).is_file():
+        raise InputError(f"video {path}: there is no such file")
+    try:
+        with _quiet_fork():
+            frames = imageio.imiter(path, plugin="FFMPEG")
+            chosen = itertools.islice(frames, count) if keep == "first" else collections.deque(frames, count)
+            clip = [Image.fromarray(frame) for frame in chosen]
+    except (OSError, ValueError, RuntimeError, IndexError, StopIteration) as error:
+        raise InputError(f"video {path}: not a video that can be read; MP4 with H.264 is") from error
+    if not clip:
+        raise InputError(f"video {path}: it has no frames")
+    return clip
+
+
+def fit_image(image: Image.Image | np.ndarray, height: int, width: int) -> np.ndarray:
+    """The picture covering height x width, cropped at its centre: float32 [height, width, 3] in [-1, 1].
+
+    Arrays are [h, w, 3]: integers in [0, 255]; floats in [-1, 1] if any is negative, in [0, 1] if none is above 1, else in
+    [0, 255]. Source: diffusers 0.42.1, `_preprocess_conditioning_image`.
+    """
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGB"))
+    pixels = np.asarray(image)
+    if pixels.ndim != 3 or pixels.shape[-1] != 3 or 0 in pixels.shape:
+        raise InputError(f"image: an array of shape [height, width, 3] is expected, not {list(pixels.shape)}")
+    is_float = np.issubdtype(pixels.dtype, np.floating)
+    pixels = pixels.astype(np.float32)
+    if not np.isfinite(pixels).all():
+        raise InputError("image: the array holds NaN or infinity; values in [0, 1] or [0, 255] are expected")
+    if is_float and pixels.min() < 0:
+        pixels = (pixels + 1) * np.float32(127.5)
+    elif is_float and pixels.max() <= 1:
+        pixels = pixels * np.float32(255)
+    scale = max(width / pixels.shape[1], height / pixels.shape[0])
+    rows, columns = math.ceil(scale * pixels.shape[0]), math.ceil(scale * pixels.shape[1])
+    pixels = resize(resize(pixels, columns, axis=1), rows, axis=0)
+    top, left = round((rows - height) / 2), round((columns - width) / 2)
+    pixels = pixels[top : top + height, left : left + width]
+    return np.clip(np.round(pixels), 0, 255) / np.float32(127.5) - 1
+
+
+def resize(x: np.ndarray, size: int, axis: int) -> np.ndarray:
+    """One axis of a float32 array at another size, bilinear and antialiased, with torch's rounding.
+
+    Pillow has this filter too, but its tables differ: of a 481x722 picture 864 values then round to another uint8. Here a
+    product is added to a sum before rounding to float32, as torch's compiled loop does (a fused multiply-add).
+    Source: torch 2.13, aten/src/ATen/native/cpu/UpSampleKernel.cpp.
+    """
+    f32 = np.float32
+    if x.shape[axis] == size:
+        return x
+    x = np.moveaxis(x, axis, 0)
+    scale = f32(x.shape[0]) / f32(size)
+    support = max(scale, f32(1))
+    out = np.empty((size, *x.shape[1:]), f32)
+    for i in range(size):
+        center = scale * f32(i + 0.5)
+        low = max(int(center - support + f32(0.5)), 0)
+        high = min(int(center + support + f32(0.5)), x.shape[0])
+        distance = (np.arange(low, high).astype(f32) - center + f32(0.5)) * (f32(1) / support)
+        weight = np.maximum(f32(0), f32(1) - np.abs(distance))
+        weight = weight / np.cumsum(weight, dtype=f32)[-1]
+        total = x[low] * weight[0]
+        for row, w in zip(x[low + 1 : high], weight[1:], strict=True):
+            total = (total + row.astype(np.float64) * w).astype(f32)
+        out[i] = total
+    return np.moveaxis(out, 0, axis)
+
+
+def fit_clip(frames: Sequence[Image.Image] | np.ndarray, height: int, width: int) -> np.ndarray:
+    """A clip stretched to height x width: float32 [t, height, width, 3] in [-1, 1].
+
+    Pictures (and uint8 arrays, taken as pictures) are resized by Pillow, bilinear. Float arrays are in [0, 1], or in [-1, 1]
+    if any value is negative, and take their nearest pixels. Source: diffusers 0.42.1, `VideoProcessor.preprocess_video`.
+    Unlike diffusers: uint8 arrays mean [0, 255]; there they would be taken for [0, 1].
+    """
+    if not isinstance(frames, np.ndarray) and all(isinstance(frame, Image.Image) for frame in frames):
+        resized = [frame.resize((width, height), Image.Resampling.BILINEAR).convert("RGB") for frame in frames]
+        unit = np.stack([np.asarray(frame) for frame in resized]).astype(np.float32) / 255
+        return 2 * unit - 1
+    array = np.asarray(frames)
+    if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
+        raise InputError(f"video: an array of shape [frames, height, width, 3] is expected, not {list(array.shape)}")
+    if array.dtype == np.uint8:
+        return fit_clip([Image.fromarray(frame) for frame in array], height, width)
+    if not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all():
+        raise InputError("video: an array of uint8, or of finite floats in [0, 1], is expected")
+    rows, columns = (
+        np.minimum((np.arange(new) * (np.float32(old) / np.float32(new))).astype(int), old - 1)
+        for new, old in zip((height, width), array.shape[1:3], strict=True)
+    )
+    array = array.astype(np.float32)[:, rows][:, :, columns]
+    return array if array.min() < 0 else 2 * array - 1
+
+
+def check_writable(path: Path, num_frames: int) -> None:
+    """Raises InputError unless `path` can become a file for this many frames."""
+    suffixes = VIDEO_SUFFIXES + IMAGE_SUFFIXES if num_frames == 1 else VIDEO_SUFFIXES
+    if path.suffix.lower() not in suffixes:
+        raise InputError(f"{path}: {num_frames} frame{'s'[: num_frames > 1]} can be written as {', '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: cannot be written there")
+
+
+def write(path: Path, frames: np.ndarray, fps: float) -> None:
+    """Writes uint8 frames [t, h, w, 3] as H.264 (yuv420p, plays everywhere), or one frame as a picture."""
+    check_writable(path, len(frames))
+    with _beside(path) as partial:
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            Image.fromarray(frames[0]).save(partial, quality=95)
+            return
+        with _quiet_fork():
+            imageio.imwrite(
+                partial,
+                frames,
+                plugin="FFMPEG",
+                fps=fps,
+                codec="libx264",
+                pixelformat="yuv420p",
+                quality=8,  # of 10
+                macro_block_size=1,  # do not resize: sizes are multiples of 16 already
+                output_params=["-movflags", "+faststart"],
+            )
+
+
+def _quiet_fork() -> warnings.catch_warnings:
+    """Without JAX's warning that a fork can deadlock: imageio's child starts ffmpeg at once and never touches JAX."""
+    return warnings.catch_warnings(action="ignore", category=RuntimeWarning)
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A name in the same folder, renamed to `path` when all went well and removed when not."""
+    handle, name = tempfile.mkstemp(suffix=path.suffix, prefix=f".{path.stem}.", dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o666 & ~_umask())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

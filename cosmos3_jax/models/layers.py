@@ -1,0 +1,137 @@
+"""What both towers are made of: norms, rotary positions, attention, MLPs, the timestep embedding.
+
+Statistics, angles, softmax and the timestep embedding are float32 whatever the dtype of the activations; matrix products run
+in the activations' dtype.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from cosmos3_jax.axes import inside_mesh, spec
+from cosmos3_jax.config import TransformerConfig
+from cosmos3_jax.weights import vector, weight
+
+QUERY_CHUNK = 128  # queries that attend at once: 720p scores of Nano then take 1.4 GB a branch pair, not 500 GB
+
+
+@struct.dataclass
+class Rotary:
+    """cos and sin of every position's angles, float32, one column for each pair of channels (half of H)."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, which has the letter `dim`."""
+
+    def __init__(self, config: TransformerConfig, dim: str):
+        self.scale = vector(config, dim, mean=1.0)
+        self.epsilon = config.rms_norm_eps
+        self.scale_in_float32 = config.nemotron
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.epsilon)
+        if self.scale_in_float32:
+            return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return normed.astype(x.dtype) * self.scale[...]
+
+
+class MLP(nnx.Module):
+    """Gated SiLU (Nano, Super) or squared ReLU (Edge), without biases."""
+
+    def __init__(self, config: TransformerConfig):
+        self.gate = weight(config, "FD") if config.hidden_act == "silu" else None
+        self.up = weight(config, "FD")
+        self.down = weight(config, "DF")
+
+    def __call__(self, x_BQD: jax.Array) -> jax.Array:
+        hidden_BQF = jnp.einsum("BQD,FD->BQF", x_BQD, self.up[...])
+        if self.gate is None:
+            hidden_BQF = jnp.square(jax.nn.relu(hidden_BQF))
+        else:
+            hidden_BQF = jax.nn.silu(jnp.einsum("BQD,FD->BQF", x_BQD, self.gate[...])) * hidden_BQF
+        return jnp.einsum("BQF,DF->BQD", hidden_BQF, self.down[...])
+
+
+class TimestepEmbedding(nnx.Module):
+    """A timestep in [0, 1000] as a vector of width D. Float32 throughout, its weights too."""
+
+    def __init__(self, config: TransformerConfig):
+        self.scale = config.timestep_scale
+        self.w_in = weight(config, "DE", float32=True)
+        self.b_in = vector(config, "D", float32=True)
+        self.w_out = weight(config, "DD", float32=True)
+        self.b_out = vector(config, "D", float32=True)
+
+    def __call__(self, timestep: jax.Array) -> jax.Array:
+        half = self.w_in.shape[-1] // 2
+        frequency_E = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+        angle_E = timestep.astype(jnp.float32) * self.scale * frequency_E
+        wave_E = jnp.concatenate([jnp.cos(angle_E), jnp.sin(angle_E)])
+        return self.w_out[...] @ jax.nn.silu(self.w_in[...] @ wave_E + self.b_in[...]) + self.b_out[...]
+
+
+def rotate(x_BQNH: jax.Array, rotary: Rotary) -> jax.Array:
+    """x turned by its position: channel i pairs with channel i + H/2 (the NeoX order). rotary is [B or 1, Q, H/2]."""
+    cos = rotary.cos[:, :, None].astype(x_BQNH.dtype)
+    sin = rotary.sin[:, :, None].astype(x_BQNH.dtype)
+    left, right = jnp.split(x_BQNH, 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
+def attention(q_BQNH: jax.Array, k_BMKH: jax.Array, v_BMKH: jax.Array, length_B: jax.Array, *, causal: bool = False):
+    """softmax(q k / sqrt(H)) v in [B, Q, N, H]: each query head with its group's key/value head, without repeating it.
+
+    Only the first `length_B` keys count. Heads are divided over `tp` and branches over `cfg`: no device talks to another.
+    """
+    core = cudnn_attention if _cudnn_can(q_BQNH) else chunked_attention
+    core = functools.partial(core, causal=causal)
+    if not inside_mesh():
+        return core(q_BQNH, k_BMKH, v_BMKH, length_B)
+    kv = spec("BMKH")
+    in_specs = (spec("BQNH"), kv, kv, spec("B"))
+    divided = jax.shard_map(core, in_specs=in_specs, out_specs=spec("BQNH"), check_vma=False)
+    return divided(q_BQNH, k_BMKH, v_BMKH, length_B)
+
+
+def _cudnn_can(q: jax.Array) -> bool:
+    return jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+
+
+def cudnn_attention(q_BQNH, k_BMKH, v_BMKH, length_B, *, causal: bool):
+    """The fused kernel. Lengths, never a mask: a mask or bias would put all the scores in memory."""
+    return jax.nn.dot_product_attention(
+        q_BQNH, k_BMKH, v_BMKH, is_causal=causal, key_value_seq_lengths=length_B, implementation="cudnn"
+    )
+
+
+def chunked_attention(q_BQNH, k_BMKH, v_BMKH, length_B, *, causal: bool = False):
+    """Exact attention anywhere, a chunk of queries at a time: peak extra memory is B x N x QUERY_CHUNK x M float32."""
+    B, Q, N, H = q_BQNH.shape
+    M, K = k_BMKH.shape[1:3]
+    chunk = min(QUERY_CHUNK, Q)
+    count = -(-Q // chunk)
+    padded = jnp.pad(q_BQNH, ((0, 0), (0, count * chunk - Q), (0, 0), (0, 0)))
+    q = padded.reshape(B, count, chunk, K, N // K, H).transpose(1, 0, 3, 4, 2, 5)  # count, B, K, N/K, chunk, H
+    k = k_BMKH.transpose(0, 2, 3, 1)
+    v = v_BMKH.transpose(0, 2, 1, 3)
+    key_M = jnp.arange(M)
+    seen_B11qM = (key_M < length_B[:, None])[:, None, None, None]
+
+    def attend(_, inputs):
+        start, q = inputs
+        score = jnp.einsum("bkgqh,bkhm->bkgqm", q, k, preferred_element_type=jnp.float32) * H**-0.5
+        seen = seen_B11qM & (key_M <= (start + jnp.arange(chunk))[:, None]) if causal else seen_B11qM
+        score = jnp.where(seen, score, -jnp.inf)
+        weight = jnp.exp(score - jnp.max(score, axis=-1, keepdims=True))
+        mean = jnp.einsum("bkgqm,bkmh->bkgqh", weight.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return None, (mean / jnp.sum(weight, axis=-1, keepdims=True)).astype(q.dtype)
+
+    _, out = jax.lax.scan(attend, None, (jnp.arange(count) * chunk, q))
+    return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, count * chunk, N, H)[:, :Q]

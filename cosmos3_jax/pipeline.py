@@ -1,0 +1,308 @@
+"""The plot: from a request to a video. The only file that knows the order.
+
+    prompt.tokenize -> positions.layout -> media, VAE.encode -> UndTower.prefill -> sampler.denoise -> VAE.decode
+
+Networks cross the jit boundary as a graph, which is static, and a tree of arrays placed on the mesh.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from PIL import Image
+from tqdm import tqdm
+
+from cosmos3_jax import checkpoint as disk
+from cosmos3_jax import media, positions, prompt, sampler
+from cosmos3_jax.axes import make_mesh, sharding
+from cosmos3_jax.checkpoint import Checkpoint
+from cosmos3_jax.config import InputError, TransformerConfig, VAEConfig
+from cosmos3_jax.models import vae as vae_module
+from cosmos3_jax.models.layers import Rotary
+from cosmos3_jax.models.transformer import GenTower, Prefix, UndTower
+from cosmos3_jax.models.vae import VAE
+from cosmos3_jax.request import Request, ResolvedRequest, resolve
+from cosmos3_jax.weights import by_path, split
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network as jit takes it: the graph is static, the weights are data."""
+
+    graph: nnx.GraphDef
+    weights: nnx.State
+
+
+def abstract_networks(transformer: TransformerConfig, vae: VAEConfig, mesh: Mesh, dtype: str) -> tuple[Network, ...]:
+    """The und tower, the gen tower and the VAE with shapes for weights: nothing is allocated."""
+    return tuple(
+        Network(*split(network, mesh, jnp.dtype(dtype))) for network in (UndTower(transformer), GenTower(transformer), VAE(vae))
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prefill(graph: nnx.GraphDef, weights: nnx.State, ids_BS: Any, length_B: Any, rotary: Rotary) -> Prefix:
+    """`UndTower.prefill`, compiled."""
+    return nnx.merge(graph, weights).prefill(ids_BS, length_B, rotary)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(graph: nnx.GraphDef, weights: nnx.State, frames_thwc: Any) -> jax.Array:
+    """`VAE.encode`, compiled."""
+    return nnx.merge(graph, weights).encode(frames_thwc)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def decode(graph: nnx.GraphDef, weights: nnx.State, latents_thwc: jax.Array, finish: Callable) -> jax.Array:
+    """`VAE.decode`, compiled."""
+    return nnx.merge(graph, weights).decode(latents_thwc, finish)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenVelocity:
+    """`GenTower.velocity` as the sampler calls it; equal graphs are one function to jit."""
+
+    graph: nnx.GraphDef
+
+    def __call__(self, inputs: tuple, x_thwc: jax.Array, timestep: jax.Array, noisy_t: jax.Array) -> jax.Array:
+        weights, rotary, prefix = inputs
+        return nnx.merge(self.graph, weights).velocity(x_thwc, timestep, noisy_t, rotary, prefix)
+
+
+@dataclasses.dataclass
+class Result:
+    """What a request made."""
+
+    video: Any  # float32 [t, h, w, 3] in [0, 1], a list of PIL images, or normalized latents float32 [1, C, t, h, w]
+    fps: float
+    seconds: dict[str, float]  # by stage
+    sound: np.ndarray | None = None  # not in this version
+    sample_rate: int | None = None  # not in this version
+
+    def save(self, path: str | Path) -> None:
+        """Writes an .mp4, or a .png, .jpg or .webp of a single frame. Raises InputError where that cannot be."""
+        if isinstance(self.video, list):
+            frames = np.stack([np.asarray(frame) for frame in self.video])
+        elif self.video.ndim == 4:
+            frames = np.round(np.clip(self.video, 0, 1) * 255).astype(np.uint8)
+        else:
+            raise InputError(f'{path}: latents are no frames; ask for output_type="np" or "pil"')
+        media.write(Path(path), frames, self.fps)
+
+
+class Cosmos3Pipeline:
+    """A checkpoint on a mesh, ready to generate."""
+
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, mesh: Mesh, networks: Sequence[Network]):
+        self.checkpoint, self.tokenizer, self.mesh = checkpoint, tokenizer, mesh
+        self.und, self.gen, self.vae = networks
+
+    @property
+    def dtype(self) -> str:
+        """Of weights and activations; the timestep embedding and the sampler are float32 in any case."""
+        return by_path(self.gen.weights)["w_in"].dtype.name
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, mesh: Mesh | None = None, dtype: str | None = None) -> Self:
+        """Loads a folder in the published layout, or a Hugging Face repository id.
+
+        `dtype` of weights and activations is "bfloat16" or "float32"; by default the former on GPUs, the latter elsewhere.
+        Raises InputError for a folder, a mesh or tensors that do not fit, before any weight is read.
+        """
+        checkpoint = Checkpoint.open(path)
+        mesh = make_mesh() if mesh is None else mesh
+        if dtype is None:
+            dtype = "bfloat16" if mesh.devices.flat[0].platform == "gpu" else "float32"
+        if dtype not in DTYPES:
+            raise InputError(f"dtype={dtype!r}: one of {', '.join(DTYPES)} is expected")
+        checkpoint.transformer.check_tensor_parallel(mesh.shape["tp"])
+        tokenizer = prompt.load_tokenizer(checkpoint.folder / "text_tokenizer")
+        networks = abstract_networks(checkpoint.transformer, checkpoint.vae, mesh, dtype)
+        trees = disk.load(checkpoint, *(network.weights for network in networks))
+        loaded = [Network(network.graph, tree) for network, tree in zip(networks, trees, strict=True)]
+        return cls(checkpoint, tokenizer, mesh, loaded)
+
+    def __call__(
+        self,
+        prompt: str,
+        negative_prompt: str | None = None,
+        *,
+        callback_on_step_end: Callable[[int, int, jax.Array], Any] | None = None,
+        progress: bool = True,
+        **settings: Any,
+    ) -> Result:
+        """Generates. `settings` are the other fields of `Request`: image, video, num_frames, height, width, fps, seed, …
+
+        `callback_on_step_end(step, timestep, latents [1, C, t, h, w])` may return new latents, or False to end the run after
+        this step; with `steps_per_call` > 1 it is called for the last step of each call. Raises InputError for a value that
+        cannot be used.
+        """
+        request = Request(prompt, negative_prompt, **settings)
+        return self.run(request, callback_on_step_end=callback_on_step_end, progress=progress)
+
+    def run(self, request: Request, *, callback_on_step_end: Callable | None = None, progress: bool = True) -> Result:
+        """Generates what `request` asks for; `__call__` with a value instead of words."""
+        config = self.checkpoint
+        return self._run(
+            open_media(resolve(request, config.transformer, config.vae), config.vae), callback_on_step_end, progress
+        )
+
+    def _run(self, request: ResolvedRequest, callback_on_step_end: Callable | None, progress: bool) -> Result:
+        seconds: dict[str, float] = {}
+        with jax.set_mesh(self.mesh):
+            with _timed(seconds, "tokenize"):
+                ids_BS, length_B = self._tokenize(request)
+            text, vision = self._rotary(request, ids_BS, length_B)
+            with _timed(seconds, "encode"):
+                given = self._encode_given(request)
+            with _timed(seconds, "prefill"):
+                prefix = jax.block_until_ready(prefill(self.und.graph, self.und.weights, ids_BS, length_B, text))
+            with _timed(seconds, "denoise"), _progress_bar(request, progress) as on_progress:
+                latents = sampler.denoise(
+                    GenVelocity(self.gen.graph),
+                    (self.gen.weights, vision, prefix),
+                    self._put(self._noise(request)),
+                    given,
+                    steps := self._steps(request),
+                    request.guidance_scale if request.guided else 1.0,
+                    steps_per_call=request.steps_per_call,
+                    on_step=callback_on_step_end and _public_callback(callback_on_step_end, steps),
+                    on_progress=on_progress,
+                )
+            with _timed(seconds, "decode"):
+                video = self._decode(latents, request.output_type)
+        return Result(video, float(request.fps), seconds)
+
+    def _tokenize(self, request: ResolvedRequest) -> tuple[np.ndarray, np.ndarray]:
+        """(ids_BS, length_B) of the branches."""
+        system = None
+        if request.prompt_style == "diffusers":
+            texts = prompt.diffusers_texts(request.prompt, request.negative_prompt, request.clip)
+            if self.checkpoint.use_system_prompt:
+                system = prompt.SYSTEM.format(kind="images" if request.clip.is_image else "videos")
+        else:
+            default = self.checkpoint.negative_prompt
+            texts = prompt.native_texts(request.prompt, request.negative_prompt, request.clip, default)
+        branches = texts if request.guided else texts[:1]
+        if self.mesh.shape["cfg"] == 2 and not request.guided:
+            warnings.warn(
+                f"cfg=2 with guidance_scale={request.guidance_scale} (guidance is on above 1): half of the devices compute "
+                "nothing of use; cfg=1 and twice the tp is faster",
+                stacklevel=4,
+            )
+            branches = (texts[0], texts[0])
+        return prompt.pad([prompt.tokenize(self.tokenizer, text, system) for text in branches])
+
+    def _rotary(self, request: ResolvedRequest, ids_BS: np.ndarray, length_B: np.ndarray) -> tuple[Rotary, Rotary]:
+        """The rotary angles of text and of vision tokens."""
+        shape = self._latent_shape(request)
+        text, vision = positions.layout(self.checkpoint.transformer, length_B, ids_BS.shape[1], shape, float(request.fps))
+        return Rotary(*self._put(text)), Rotary(*self._put(vision))
+
+    def _latent_shape(self, request: ResolvedRequest) -> tuple[int, int, int]:
+        return self.checkpoint.vae.latent_shape(request.num_frames, request.height, request.width)
+
+    def _encode_given(self, request: ResolvedRequest) -> sampler.Given:
+        """The latents of the frames that came with the request; the encoder is causal, so later frames are not needed."""
+        t, h, w = self._latent_shape(request)
+        latents, is_given = np.zeros((t, h, w, self.checkpoint.vae.z_dim), np.float32), np.zeros(t, bool)
+        if request.image is not None:
+            frames, indexes = media.fit_image(request.image, request.height, request.width)[None], [0]
+        elif request.video is not None:
+            frames = media.fit_clip(request.video, request.height, request.width)
+            indexes = list(request.condition_frame_indexes_vision)
+            count = _frames_needed(request, self.checkpoint.vae)
+            frames = frames[:count] if request.condition_video_keep == "first" else frames[-count:]
+            frames = np.pad(frames, ((0, count - len(frames)), (0, 0), (0, 0), (0, 0)), mode="edge")
+        else:
+            return sampler.Given(*self._put((latents, is_given)))
+        encoded = encode(self.vae.graph, self.vae.weights, frames)
+        latents[: len(encoded)] = np.asarray(encoded)
+        is_given[indexes] = True
+        return sampler.Given(*self._put((latents, is_given)))
+
+    def _noise(self, request: ResolvedRequest) -> np.ndarray:
+        """Float32 [t, h, w, C], the same on every mesh; as NVIDIA's framework draws it."""
+        if request.latents is not None:
+            noise = np.asarray(request.latents, np.float32)
+        else:
+            shape = (1, self.checkpoint.vae.z_dim, *self._latent_shape(request))
+            noise = np.random.RandomState(request.seed).standard_normal(shape).astype(np.float32)
+        return np.moveaxis(noise[0], 0, -1)
+
+    def _steps(self, request: ResolvedRequest) -> sampler.Steps:
+        scheduler = self.checkpoint.scheduler
+        sigma = sampler.sigma_grid(request.sigmas, request.num_inference_steps, request.flow_shift, scheduler)
+        return sampler.unipc_steps(sigma, scheduler.num_train_timesteps)
+
+    def _decode(self, latents_thwc: jax.Array, output_type: str) -> Any:
+        if output_type == "latent":
+            return np.asarray(_public(latents_thwc))
+        finish = vae_module.unit if output_type == "np" else vae_module.uint8
+        frames = np.asarray(decode(self.vae.graph, self.vae.weights, latents_thwc, finish))
+        return frames if output_type == "np" else [Image.fromarray(frame) for frame in frames]
+
+    def _put(self, tree: Any) -> Any:
+        """Host arrays, whole on every device: placed as a step returns them, so that the second step finds its program."""
+        return jax.device_put(tree, sharding(self.mesh, ""))
+
+
+def open_media(request: ResolvedRequest, vae: VAEConfig) -> ResolvedRequest:
+    """The request with its image or clip read, where it named a file. Raises InputError if that cannot be."""
+    if isinstance(request.image, str | Path):
+        request = dataclasses.replace(request, image=media.open_image(request.image))
+    if isinstance(request.video, str | Path):
+        clip = media.open_clip(request.video, _frames_needed(request, vae), request.condition_video_keep)
+        request = dataclasses.replace(request, video=clip)
+    return request
+
+
+def _frames_needed(request: ResolvedRequest, vae: VAEConfig) -> int:
+    """The frames that the last given latent frame sees."""
+    return max(request.condition_frame_indexes_vision) * vae.scale_factor_temporal + 1
+
+
+def _public(latents_thwc: jax.Array) -> jax.Array:
+    """[t, h, w, C] as the interface has it, [1, C, t, h, w]."""
+    return jnp.moveaxis(latents_thwc, -1, 0)[None]
+
+
+def _public_callback(callback: Callable, steps: sampler.Steps) -> sampler.OnStep:
+    """The user's callback as the sampler calls it."""
+
+    def on_step(step: int, latents_thwc: jax.Array) -> Any:
+        answer = callback(step, int(steps.timestep[step]), _public(latents_thwc))
+        if answer is None or isinstance(answer, bool):
+            return answer
+        expected = (1, latents_thwc.shape[-1], *latents_thwc.shape[:-1])
+        if np.shape(answer) != expected:
+            raise InputError(f"callback_on_step_end returned latents of shape {np.shape(answer)}, expected {expected}")
+        return jax.device_put(jnp.moveaxis(jnp.asarray(answer, jnp.float32)[0], 0, -1), latents_thwc.sharding)
+
+    return on_step
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - start, 3)
+
+
+@contextlib.contextmanager
+def _progress_bar(request: ResolvedRequest, visible: bool) -> Iterator[Callable[[int], object]]:
+    """A function that takes the number of steps done."""
+    with tqdm(total=request.num_inference_steps, desc="denoise", unit="step", disable=not visible) as bar:
+        yield lambda done: bar.update(done - bar.n)

@@ -1,0 +1,113 @@
+"""From what the user wrote to token ids. The only file that imports transformers.
+
+Two styles. "native" follows NVIDIA's own generation configs: no system prompt, metadata appended to a plain text or written
+into a JSON caption, the negative prompt left alone. "diffusers" reproduces that pipeline (0.42.1, `tokenize_prompt`): system
+prompt, the same sentences on JSON too, and their "is not" forms on the negative prompt.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cosmos3_jax.config import InputError
+
+STYLES = ("native", "diffusers")
+BUCKET = 128  # prompts are padded to a multiple of this, so that another prompt finds the compiled program again
+
+# sic, "give": the model was trained with it
+SYSTEM = "You are a helpful assistant who will generate {kind} from a give prompt."
+DURATION = "The video is{no} {seconds:.1f} seconds long and is{no} of {fps:.0f} FPS."
+RESOLUTION = "This {kind} is{no} of {height}x{width} resolution."
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """What the prompt says about the output: frames, pixels, frames a second. One frame is an image."""
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+
+    @property
+    def is_image(self) -> bool:
+        return self.num_frames == 1
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer. Raises InputError where it lacks what a prompt needs."""
+    import logging
+
+    from transformers import AutoTokenizer  # here: it takes seconds, and `--help` or a wrong flag need not wait for it
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: no tokenizer could be read there ({error})") from error
+    if tokenizer.chat_template is None:
+        raise InputError(f"{folder}: the tokenizer has no chat template; chat_template.jinja belongs beside it")
+    if tokenizer.eos_token_id is None or "<|vision_start|>" not in tokenizer.get_vocab():
+        raise InputError(f"{folder}: the tokenizer lacks an end-of-text token or <|vision_start|>")
+    return tokenizer
+
+
+def native_texts(prompt: str, negative: str | None, clip: Clip, default_negative: str) -> tuple[str, str]:
+    """(conditional, unconditional) texts in NVIDIA's style. `default_negative` stands in for a video's None."""
+    if negative is None:
+        negative = "" if clip.is_image else default_negative
+    caption = _json_object(prompt)
+    if caption is None:
+        return _with_sentences(prompt.strip(), clip), negative
+    if clip.is_image:
+        caption = {key: value for key, value in caption.items() if key not in ("duration", "fps")}
+    else:
+        caption |= {"duration": f"{int(clip.num_frames / clip.fps)}s", "fps": float(clip.fps)}
+    caption["resolution"] = {"H": clip.height, "W": clip.width}
+    return json.dumps(caption), negative
+
+
+def diffusers_texts(prompt: str, negative: str | None, clip: Clip) -> tuple[str, str]:
+    """(conditional, unconditional) texts as diffusers writes them."""
+    return _with_sentences(prompt, clip), _with_sentences(negative or "", clip, no=" not")
+
+
+def _with_sentences(text: str, clip: Clip, no: str = "") -> str:
+    kind = "image" if clip.is_image else "video"
+    sentences = [RESOLUTION.format(kind=kind, no=no, height=clip.height, width=clip.width)]
+    if not clip.is_image:
+        sentences.insert(0, DURATION.format(no=no, seconds=clip.num_frames / clip.fps, fps=clip.fps))
+    for sentence in sentences:
+        text = text.rstrip(".")
+        text = f"{text}. {sentence}" if text else sentence
+    return text
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def tokenize(tokenizer: Any, text: str, system: str | None = None) -> list[int]:
+    """The ids of one chat turn, ending with the end of text and the start of vision."""
+    turns = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": text})
+    encoded = tokenizer.apply_chat_template(
+        turns, tokenize=True, add_generation_prompt=True, add_vision_id=False, return_dict=True
+    )
+    return [*encoded["input_ids"], tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|vision_start|>")]
+
+
+def pad(branches: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(ids_BS, length_B), int32: right-padded with zeros to one bucket. What the padding holds is never seen."""
+    length_B = np.array([len(ids) for ids in branches], np.int32)
+    ids_BS = np.zeros((len(branches), -(-int(length_B.max()) // BUCKET) * BUCKET), np.int32)
+    for row, ids in zip(ids_BS, branches, strict=True):
+        row[: len(ids)] = ids
+    return ids_BS, length_B

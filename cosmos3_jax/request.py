@@ -1,0 +1,155 @@
+"""What is asked of the pipeline: every setting with its default, and the checks that need no weights.
+
+Names are those of diffusers where it has them.
+"""
+
+import dataclasses
+import math
+import numbers
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from cosmos3_jax.config import InputError, TransformerConfig, VAEConfig
+from cosmos3_jax.prompt import STYLES, Clip
+from cosmos3_jax.sampler import GRIDS
+
+OUTPUT_TYPES = ("np", "pil", "latent")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One generation. One frame is an image; with `image` or `video`, the frames they give are kept as they are."""
+
+    prompt: str  # text, or a JSON object as a caption
+    negative_prompt: str | None = None  # None: the checkpoint's own for a video, if it has one, in the native style
+    image: Any = None  # first frame: PIL image, array [h, w, 3] or path
+    video: Any = None  # clip to go on from: list of PIL images, array [t, h, w, 3] or path
+    condition_frame_indexes_vision: Sequence[int] = (0, 1)  # latent frames that `video` gives; 1 + 4k frames reach frame k
+    condition_video_keep: Literal["first", "last"] = "first"  # the end of a longer `video` that is taken
+    num_frames: int = 189  # 1 + 4k
+    height: int = 720  # pixels, a multiple of 16
+    width: int = 1280  # pixels, a multiple of 16
+    fps: float = 24.0
+    num_inference_steps: int | None = None  # None: 35 for a video, 50 for an image
+    guidance_scale: float | None = None  # None: 6 for a video, 4 for an image; guidance is on above 1
+    flow_shift: float | None = None  # None: 10 for a video, 3 for an image; no effect on "karras"
+    sigmas: Literal["native", "linear", "karras"] = "native"  # noise levels (sampler.py)
+    enable_sound: bool = False  # not in this version
+    seed: int = 42  # of the noise: the same seed gives the same noise on every machine
+    latents: Any = None  # noise to use instead, [1, C, t, h, w]
+    sound_latents: Any = None  # not in this version
+    prompt_style: Literal["native", "diffusers"] = "native"  # prompt.py
+    output_type: Literal["np", "pil", "latent"] = "np"
+    steps_per_call: int = 1  # denoising steps in one program
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedRequest(Request):
+    """A request that was checked, its defaults filled in."""
+
+    num_inference_steps: int = 35
+    guidance_scale: float = 6.0
+    flow_shift: float = 10.0
+
+    @property
+    def clip(self) -> Clip:
+        """What the prompt says about the output."""
+        return Clip(self.num_frames, self.height, self.width, float(self.fps))
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is an unconditional branch."""
+        return self.guidance_scale > 1
+
+
+def resolve(request: Request, transformer: TransformerConfig, vae: VAEConfig) -> ResolvedRequest:
+    """The request with its defaults filled in. Raises InputError where a value cannot be used with this checkpoint."""
+    if isinstance(request, ResolvedRequest):
+        return request
+    _check_types(request)
+    _check_sizes(request, vae)
+    _check_given(request, vae)
+    if request.enable_sound or request.sound_latents is not None:
+        able = "this version makes no sound yet" if transformer.sound_gen else "this checkpoint has no sound heads"
+        raise InputError(f"enable_sound: {able}; leave it out")
+    if request.latents is not None:
+        expected = [1, vae.z_dim, *vae.latent_shape(request.num_frames, request.height, request.width)]
+        if list(np.shape(request.latents)) != expected:
+            raise InputError(f"latents: shape {list(np.shape(request.latents))} should be {expected}")
+    if request.sigmas == "karras" and request.flow_shift is not None:
+        warnings.warn(f'flow_shift={request.flow_shift} has no effect with sigmas="karras"', stacklevel=2)
+    image = {"num_inference_steps": 50, "guidance_scale": 4.0, "flow_shift": 3.0}
+    asked = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    return ResolvedRequest(**(image if request.num_frames == 1 else {}) | asked)
+
+
+def _check_types(request: Request) -> None:
+    """Each value by itself."""
+    for name in ("prompt", "negative_prompt"):
+        value = getattr(request, name)
+        if not isinstance(value, str) and not (value is None and name == "negative_prompt"):
+            raise InputError(f"{name}: a string is expected, not {type(value).__name__}")
+    at_least = {"num_frames": 1, "height": 1, "width": 1, "num_inference_steps": 1, "steps_per_call": 1, "seed": 0}
+    for name, least in at_least.items():
+        value = getattr(request, name)
+        if value is None and name == "num_inference_steps":
+            continue
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+            raise InputError(f"{name}={value!r}: a whole number of at least {least} is expected")
+    if request.seed >= 2**32:
+        raise InputError(f"seed={request.seed}: it must be below 2^32 = {2**32}")
+    for name, above in {"fps": 0.0, "flow_shift": 0.0, "guidance_scale": -math.inf}.items():
+        value = getattr(request, name)
+        if value is None and name != "fps":
+            continue
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not above < float(value) < math.inf:
+            raise InputError(f"{name}={value!r}: a finite number{' above 0' if above == 0 else ''} is expected")
+    choices = {
+        "sigmas": GRIDS,
+        "prompt_style": STYLES,
+        "output_type": OUTPUT_TYPES,
+        "condition_video_keep": ("first", "last"),
+    }
+    for name, allowed in choices.items():
+        if getattr(request, name) not in allowed:
+            raise InputError(f"{name}={getattr(request, name)!r}: one of {', '.join(allowed)} is expected")
+
+
+def _check_sizes(request: Request, vae: VAEConfig) -> None:
+    """Whole latents: 1 + 4k frames of multiples of 16 pixels."""
+    time, space = vae.scale_factor_temporal, vae.scale_factor_spatial
+    if (request.num_frames - 1) % time:
+        below = request.num_frames - (request.num_frames - 1) % time
+        raise InputError(
+            f"num_frames={request.num_frames}: one frame and then groups of {time} are made; use {below} or {below + time}"
+        )
+    for name in ("height", "width"):
+        value = getattr(request, name)
+        if value % space:
+            near = sorted({max(space, value // space * space), (value // space + 1) * space})
+            raise InputError(f"{name}={value} is not a multiple of {space}; use {' or '.join(map(str, near))}")
+
+
+def _check_given(request: Request, vae: VAEConfig) -> None:
+    """The image or the clip, against the frames that are asked for."""
+    if request.image is not None and request.video is not None:
+        raise InputError("image and video together: give an image to start from, or a clip to go on from, not both")
+    for name in ("image", "video"):
+        if getattr(request, name) is not None and request.num_frames == 1:
+            raise InputError(f"{name} with num_frames=1 leaves nothing to generate; ask for 5 frames or more")
+    if request.video is None:
+        return
+    indexes = request.condition_frame_indexes_vision
+    whole = not isinstance(indexes, str) and all(isinstance(i, numbers.Integral) and i >= 0 for i in indexes)
+    if not whole or not len(indexes):
+        raise InputError(f"condition_frame_indexes_vision={indexes!r}: latent frames are expected, such as [0, 1]")
+    latent_frames = vae.latent_shape(request.num_frames, request.height, request.width)[0]
+    if max(indexes) >= latent_frames:
+        raise InputError(
+            f"condition_frame_indexes_vision={list(indexes)}: {request.num_frames} frames have the latent frames "
+            f"0 to {latent_frames - 1}"
+        )

@@ -1,0 +1,194 @@
+"""From noise to latents: sigma grids, UniPC as tables, guidance, and the loop over a velocity function.
+
+UniPC (order 2, "bh2", on the prediction of the clean latents; Zhao et al. 2023, arXiv:2302.04867) is linear in the latents and
+in past predictions, with scalars known in advance. They are computed once in float64 on the host; a step on the device is three
+sums. The state is float32 whatever the network's dtype. Nothing here knows a network: `denoise` is handed a velocity function.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from cosmos3_jax.config import SchedulerConfig
+
+GRIDS = ("native", "linear", "karras")
+
+Velocity = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+"""(inputs, latents [t, h, w, c], timestep, noisy_t) -> velocity of each branch [B, t, h, w, c]."""
+
+
+def sigma_grid(kind: str, count: int, flow_shift: float, config: SchedulerConfig) -> np.ndarray:
+    """The noise levels of `count` steps, float64 in (0, 1], 1 is noise.
+
+    "native" is NVIDIA's own grid, "linear" that of diffusers with `use_karras_sigmas=False`, "karras" that of the published
+    scheduler config, in which `flow_shift` has no effect. Source: diffusers 0.42.1, scheduling_unipc_multistep.py.
+    """
+    if kind == "karras":
+        low, high = config.sigma_min ** (1 / 7), config.sigma_max ** (1 / 7)
+        ratio = (high + np.linspace(0, 1, count) * (low - high)) ** 7
+        return ratio / (1 + ratio)
+    end = 1 / config.num_train_timesteps
+    u = np.linspace(1 - end, 0, count + 1)[:-1] if kind == "native" else np.linspace(1, end, count + 1)[:-1]
+    sigma = flow_shift * u / (1 + (flow_shift - 1) * u)
+    if abs(sigma[0] - 1) < 1e-6:  # log(1 - sigma) must stay finite
+        sigma[0] -= 1e-6
+    return sigma
+
+
+@struct.dataclass
+class Steps:
+    """One row for each denoising step: what the network is told, and UniPC's coefficients. float32."""
+
+    timestep: np.ndarray  # [n] sigma x 1000, cut off to a whole number
+    sigma: np.ndarray  # [n] noise level of the step's sample
+    corrector: np.ndarray  # [n, 5] of (sample, last corrected sample, prediction, the one before, the one before that)
+    predictor: np.ndarray  # [n, 3] of (corrected sample, prediction, the one before)
+
+    def __len__(self) -> int:
+        return len(self.timestep)
+
+    def __getitem__(self, rows: slice) -> "Steps":
+        return jax.tree.map(lambda column: column[rows], self)
+
+
+def unipc_steps(sigma: np.ndarray, num_train_timesteps: int = 1000) -> Steps:
+    """UniPC over these noise levels, which end in an implied 0: the last step returns the prediction itself."""
+    timestep = np.trunc(sigma * num_train_timesteps).astype(np.float32)
+    sigma = np.append(sigma, 0).astype(np.float32).astype(np.float64)  # the reference rounds its sigmas to float32
+    count = len(sigma) - 1
+    with np.errstate(divide="ignore"):
+        alpha, log_snr = 1 - sigma, np.log(1 - sigma) - np.log(sigma)
+    order = [min(2, i + 1, count - i) for i in range(count)]
+    corrector, predictor = np.zeros((count, 5)), np.zeros((count, 3))
+    corrector[0, 0] = 1
+    for i in range(count):
+        # From sigma[i] to sigma[i + 1]; the corrector of step i redoes the way that the predictor of step i - 1 took.
+        predictor[i] = _predict(sigma[i : i + 2], alpha[i + 1], log_snr[max(i - 1, 0) : i + 2], order[i])
+        if i > 0:
+            corrector[i, 1:] = _correct(sigma[i - 1 : i + 1], alpha[i], log_snr[max(i - 2, 0) : i + 1], order[i - 1])
+    return Steps(timestep, *(a.astype(np.float32) for a in (sigma[:-1], corrector, predictor)))
+
+
+def _predict(sigma: np.ndarray, alpha: float, log_snr: np.ndarray, order: int) -> tuple[float, float, float]:
+    """Coefficients of (x, m, m_before) for the sample at sigma[1], from that at sigma[0]."""
+    step = log_snr[-1] - log_snr[-2]
+    gain = -alpha * np.expm1(-step)  # -alpha B(h), B(h) = e^h - 1 with h = -step; 1 at the last step, where sigma is 0
+    if order == 1:
+        return sigma[1] / sigma[0], gain, 0.0
+    slope = 0.5 * gain * step / (log_snr[-3] - log_snr[-2])
+    return sigma[1] / sigma[0], gain - slope, slope
+
+
+def _correct(sigma: np.ndarray, alpha: float, log_snr: np.ndarray, order: int) -> tuple[float, float, float, float]:
+    """Coefficients of (x_before, m, m_before, m_before_that) for the sample at sigma[1], now that m is known there."""
+    step = log_snr[-1] - log_snr[-2]
+    b = np.expm1(-step)
+    gain = -alpha * b
+    if order == 1:
+        return sigma[1] / sigma[0], 0.5 * gain, 0.5 * gain, 0.0
+    ratio = (log_snr[-3] - log_snr[-2]) / step
+    first = (b / -step - 1) / b
+    second = 2 * ((b / -step - 1) / -step - 0.5) / b
+    rho_old, rho_new = np.linalg.solve([[1, 1], [ratio, 1]], [first, second])
+    return sigma[1] / sigma[0], gain * rho_new, gain * (1 - rho_new - rho_old / ratio), gain * rho_old / ratio
+
+
+@struct.dataclass
+class Given:
+    """Frames that came with the request: clean latents, and which latent frames they are. All False without any."""
+
+    latents_thwc: jax.Array
+    is_given_t: jax.Array
+
+    def write(self, x_thwc: jax.Array) -> jax.Array:
+        """`x` with the given frames written into it."""
+        return jnp.where(self.is_given_t[:, None, None, None], self.latents_thwc, x_thwc)
+
+
+@struct.dataclass
+class State:
+    """The sampler between two steps, all float32 [t, h, w, c]."""
+
+    sample: jax.Array  # what the network sees next: the predictor's output
+    corrected: jax.Array  # the last corrected sample
+    prediction: jax.Array  # the last predicted clean latents, and those before
+    prediction_before: jax.Array
+
+
+def guide(velocity_B: jax.Array, scale: jax.Array) -> jax.Array:
+    """Classifier-free guidance in float32: the unconditional velocity plus `scale` times the way to the conditional one."""
+    velocity_B = velocity_B.astype(jnp.float32)
+    if velocity_B.shape[0] == 1:
+        return velocity_B[0]
+    return velocity_B[1] + scale * (velocity_B[0] - velocity_B[1])
+
+
+def advance(state: State, step: Steps, velocity_thwc: jax.Array, given: Given) -> State:
+    """One UniPC step: predict the clean latents, correct this sample with them, predict the next sample."""
+    velocity_thwc = jnp.where(given.is_given_t[:, None, None, None], 0.0, velocity_thwc)
+    prediction = state.sample - step.sigma * velocity_thwc
+    a, p = step.corrector, step.predictor
+    corrected = a[0] * state.sample + a[1] * state.corrected
+    corrected += a[2] * prediction + a[3] * state.prediction + a[4] * state.prediction_before
+    sample = p[0] * corrected + p[1] * prediction + p[2] * state.prediction
+    return State(given.write(sample), corrected, prediction, state.prediction)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _run(velocity: Velocity, inputs: Any, state: State, steps: Steps, given: Given, scale: jax.Array):
+    """The state after `steps`, and a scalar that is ready when the state is (the state itself is donated onwards)."""
+
+    def body(state: State, step: Steps) -> tuple[State, None]:
+        velocity_B = velocity(inputs, state.sample, step.timestep, ~given.is_given_t)
+        return advance(state, step, guide(velocity_B, scale), given), None
+
+    state, _ = jax.lax.scan(body, state, steps)
+    return state, state.sample[0, 0, 0, 0]
+
+
+OnStep = Callable[[int, jax.Array], jax.Array | bool | None]
+"""(index of the last step done, a copy of its latents) -> new latents, False to stop, or None."""
+
+
+def denoise(
+    velocity: Velocity,
+    inputs: Any,
+    noise_thwc: jax.Array,
+    given: Given,
+    steps: Steps,
+    guidance_scale: float,
+    *,
+    steps_per_call: int = 1,
+    on_step: OnStep | None = None,
+    on_progress: Callable[[int], object] = lambda done: None,
+) -> jax.Array:
+    """The latents after all `steps`, float32 [t, h, w, c].
+
+    `velocity` must be the same (hashable) function in every call, for its compiled program to be found again; `inputs` is
+    whatever it needs. `steps_per_call` steps run in one program; `on_step` is called after each such call, `on_progress` with
+    the number of steps done, a call late, so that the device always has work.
+    """
+    zeros = jnp.zeros_like(noise_thwc)
+    state = State(given.write(noise_thwc), zeros, jnp.copy(zeros), jnp.copy(zeros))
+    scale = jnp.float32(guidance_scale)
+    done, running = 0, None
+    while done < len(steps):
+        rows = steps[done : done + steps_per_call]
+        state, ready = _run(velocity, inputs, state, rows, given, scale)
+        if running is not None:
+            jax.block_until_ready(running)
+            on_progress(done)
+        done, running = done + len(rows), ready
+        answer = on_step(done - 1, jnp.copy(state.sample)) if on_step is not None else None
+        if answer is False:
+            break
+        if answer is not None and answer is not True:
+            state = state.replace(sample=jnp.asarray(answer, jnp.float32))
+    jax.block_until_ready(state)
+    on_progress(done)
+    return state.sample

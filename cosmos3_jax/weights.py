@@ -1,0 +1,117 @@
+"""Weights, declared once: shape, sharding, random start and file layout all follow from one line in a network.
+
+A network here is abstract: its `Weight`s hold `jax.ShapeDtypeStruct`s. `split` turns it into a graph and a tree of shapes
+placed on a mesh; a checkpoint (checkpoint.py) or `random_weights` fills that tree with arrays, and inside a jitted function
+`nnx.merge(graph, tree)` is the network again. No path and no tensor name of a file is known here.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from cosmos3_jax.axes import sharding
+from cosmos3_jax.config import TransformerConfig
+
+
+class Weight(nnx.Param):
+    """A parameter that knows its letters.
+
+    Metadata: `dims`, the letters ("" for the VAE's, which are whole everywhere); `file_shape`, the shape of one tensor of it
+    in a published file; `std` and `mean` of a random start; `float32`, whether it stays float32 whatever the request's dtype.
+    """
+
+
+def weight(config: TransformerConfig, dims: str, *, inputs: str = "", float32: bool = False) -> Weight:
+    """A matrix in the files' own order, outputs first; `inputs` are its trailing letters (the last one, if not given).
+
+    In a file the outputs are one axis and the inputs another: "NHD" is stored [N*H, D], so that loading is a reshape.
+    """
+    shape = tuple(config.sizes[letter] for letter in dims)
+    fan_in = math.prod(config.sizes[letter] for letter in inputs or dims[-1])
+    value = jax.ShapeDtypeStruct(shape, jnp.float32)
+    file_shape = (math.prod(shape) // fan_in, fan_in)
+    return Weight(value, dims=dims, file_shape=file_shape, mean=0.0, std=fan_in**-0.5, float32=float32)
+
+
+def vector(config: TransformerConfig, dim: str, *, mean: float = 0.0, float32: bool = False) -> Weight:
+    """A bias (mean 0) or the scale of a norm (mean 1)."""
+    shape = (config.sizes[dim],)
+    value = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return Weight(value, dims=dim, file_shape=shape, mean=mean, std=0.0, float32=float32)
+
+
+def plain(shape: tuple[int, ...], *, file_shape: tuple[int, ...], mean: float = 0.0, std: float = 0.0) -> Weight:
+    """A weight without letters (a convolution of the VAE), whole on every device, laid out otherwise than in the file."""
+    value = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return Weight(value, dims="", file_shape=file_shape, mean=mean, std=std, float32=False)
+
+
+def map_weights(function: Callable[[str, Weight], Any], tree: nnx.State) -> nnx.State:
+    """`tree` with each Weight's value replaced by `function(path, weight)`; a path reads "layers.mlp.up"."""
+    flat = [(path, w.replace(function(_dotted(path), w))) for path, w in nnx.to_flat_state(tree)]
+    return nnx.from_flat_state(flat)
+
+
+def by_path(tree: nnx.State) -> dict[str, Weight]:
+    """The weights by their place in the network."""
+    return {_dotted(path): w for path, w in nnx.to_flat_state(tree)}
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def stack(length: int, module: nnx.Module) -> nnx.Module:
+    """`length` copies of `module` in one: every weight gets a leading L. For `lax.scan`; calling it makes no sense."""
+    graph, tree = nnx.split(module)
+    stacked = map_weights(lambda _, w: jax.ShapeDtypeStruct((length, *w.shape), w.dtype), tree)
+    return nnx.merge(graph, stacked)
+
+
+def is_stacked(w: Weight) -> bool:
+    """Whether this weight holds one tensor for each layer, along its first axis."""
+    return bool(w.dims) and len(w.shape) > len(w.dims)
+
+
+def split(network: nnx.Module, mesh: Mesh, dtype: Any) -> tuple[nnx.GraphDef, nnx.State]:
+    """The graph of an abstract `network`, and its weights as shapes in `dtype`, placed on `mesh` by their letters."""
+    graph, tree = nnx.split(network)
+
+    def place(_: str, w: Weight) -> jax.ShapeDtypeStruct:
+        dims = "L" + w.dims if is_stacked(w) else w.dims
+        return jax.ShapeDtypeStruct(w.shape, jnp.float32 if w.float32 else dtype, sharding=sharding(mesh, dims))
+
+    return graph, map_weights(place, tree)
+
+
+def random_weights(tree: nnx.State, seed: int = 0) -> nnx.State:
+    """Arrays for an abstract `tree`, drawn on the devices where they will live."""
+    keys = dict(zip(by_path(tree), jax.random.split(jax.random.key(seed), len(by_path(tree))), strict=True))
+
+    def draw(path: str, w: Weight) -> jax.Array:
+        return jax.jit(
+            lambda key: (w.mean + w.std * jax.random.normal(key, w.shape)).astype(w.dtype),
+            out_shardings=w.get_value().sharding,
+        )(keys[path])
+
+    return map_weights(draw, tree)
+
+
+def audit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], unused: Collection[str]) -> list[str]:
+    """Every missing, unexpected and misshapen tensor, a line each; none if all is well.
+
+    `expected` and `found` are shapes by name; `unused` names may be there or not.
+    """
+    missing = [f"missing: {name} {list(expected[name])}" for name in sorted(expected.keys() - found.keys())]
+    unexpected = [f"unexpected: {name} {list(found[name])}" for name in sorted(found.keys() - expected.keys() - set(unused))]
+    misshapen = [
+        f"misshapen: {name} is {list(found[name])}, expected {list(shape)}"
+        for name, shape in sorted(expected.items())
+        if tuple(found.get(name, shape)) != tuple(shape)
+    ]
+    return missing + unexpected + misshapen
