@@ -38,7 +38,7 @@ class TransformerConfig:
     num_key_value_heads: int = 8
     head_dim: int = 128
     vocab_size: int = 151936
-    hidden_act: str = "silu"  # "silu": gated MLP (Nano, Super); "relu2": squared ReLU and Nemotron's RMSNorm (Edge)
+    hidden_act: str = "silu"  # "silu": gated (Nano, Super); "relu2": squared ReLU (Edge)
     rms_norm_eps: float = 1e-6
     qk_norm_for_text: bool = True
     use_und_k_norm_for_gen: bool = False
@@ -87,11 +87,6 @@ class TransformerConfig:
             "C": self.latent_channel * self.latent_patch_size**2,
             "E": 256,  # fixed by the architecture: diffusers transformer_cosmos3.py, `time_proj`
         }
-
-    @property
-    def nemotron(self) -> bool:
-        """Whether this is the Edge family, which multiplies a norm's scale in float32."""
-        return self.hidden_act == "relu2"
 
     def check_tensor_parallel(self, tp: int) -> None:
         """Raises InputError unless `tp` devices can divide the heads and the MLP evenly."""

@@ -18,8 +18,10 @@ from cosmos3_jax.config import SchedulerConfig
 
 GRIDS = ("native", "linear", "karras")
 
+Table = Any  # numpy on the host, traced inside jit
+
 Velocity = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
-"""(inputs, latents [t, h, w, c], timestep, noisy_t) -> velocity of each branch [B, t, h, w, c]."""
+"""(inputs, latents [t, h, w, c], timestep, noisy_t) -> velocity of each branch, float32 [B, t, h, w, c]."""
 
 
 def sigma_grid(kind: str, count: int, flow_shift: float, config: SchedulerConfig) -> np.ndarray:
@@ -44,10 +46,10 @@ def sigma_grid(kind: str, count: int, flow_shift: float, config: SchedulerConfig
 class Steps:
     """One row for each denoising step: what the network is told, and UniPC's coefficients. float32."""
 
-    timestep: np.ndarray  # [n] sigma x 1000, cut off to a whole number
-    sigma: np.ndarray  # [n] noise level of the step's sample
-    corrector: np.ndarray  # [n, 5] of (sample, last corrected sample, prediction, the one before, the one before that)
-    predictor: np.ndarray  # [n, 3] of (corrected sample, prediction, the one before)
+    timestep: Table  # [n] sigma x 1000, cut off to a whole number
+    sigma: Table  # [n] noise level of the step's sample
+    corrector: Table  # [n, 5] of (sample, last corrected sample, prediction, the one before, the one before that)
+    predictor: Table  # [n, 3] of (corrected sample, prediction, the one before)
 
     def __len__(self) -> int:
         return len(self.timestep)
@@ -121,8 +123,7 @@ class State:
 
 
 def guide(velocity_B: jax.Array, scale: jax.Array) -> jax.Array:
-    """Classifier-free guidance in float32: the unconditional velocity plus `scale` times the way to the conditional one."""
-    velocity_B = velocity_B.astype(jnp.float32)
+    """Classifier-free guidance: the unconditional velocity plus `scale` times the way to the conditional one."""
     if velocity_B.shape[0] == 1:
         return velocity_B[0]
     return velocity_B[1] + scale * (velocity_B[0] - velocity_B[1])

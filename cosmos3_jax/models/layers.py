@@ -27,19 +27,19 @@ class Rotary:
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis, which has the letter `dim`."""
+    """x / rms(x) * scale over the last axis, which has the letter `dim`, rounded once at the end.
+
+    Unlike diffusers, which does so for Edge alone and elsewhere rounds before the scale: one formula, one rounding fewer.
+    """
 
     def __init__(self, config: TransformerConfig, dim: str):
         self.scale = vector(config, dim, mean=1.0)
         self.epsilon = config.rms_norm_eps
-        self.scale_in_float32 = config.nemotron
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.epsilon)
-        if self.scale_in_float32:
-            return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
-        return normed.astype(x.dtype) * self.scale[...]
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class MLP(nnx.Module):
@@ -78,11 +78,13 @@ class TimestepEmbedding(nnx.Module):
 
 
 def rotate(x_BQNH: jax.Array, rotary: Rotary) -> jax.Array:
-    """x turned by its position: channel i pairs with channel i + H/2 (the NeoX order). rotary is [B or 1, Q, H/2]."""
-    cos = rotary.cos[:, :, None].astype(x_BQNH.dtype)
-    sin = rotary.sin[:, :, None].astype(x_BQNH.dtype)
-    left, right = jnp.split(x_BQNH, 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    """x turned by its position: channel i pairs with channel i + H/2 (the NeoX order). rotary is [B or 1, Q, H/2].
+
+    Unlike diffusers, which rounds cos, sin and both products to the activations' dtype: rounded once, at the end.
+    """
+    cos, sin = rotary.cos[:, :, None], rotary.sin[:, :, None]
+    left, right = jnp.split(x_BQNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x_BQNH.dtype)
 
 
 def attention(q_BQNH: jax.Array, k_BMKH: jax.Array, v_BMKH: jax.Array, length_B: jax.Array, *, causal: bool = False):

@@ -140,7 +140,7 @@ class GenTower(nnx.Module):
     def velocity(
         self, x_thwc: jax.Array, timestep: jax.Array, noisy_t: jax.Array, rotary: Rotary, prefix: Prefix, *, unroll: int = 1
     ) -> jax.Array:
-        """The velocity [B, t, h, w, c] of latents that all branches share.
+        """The velocity, float32 [B, t, h, w, c], of latents that all branches share.
 
         `timestep` in [0, 1000]; `noisy_t` says which latent frames are noisy: a given frame gets no timestep embedding.
         """
@@ -156,7 +156,9 @@ class GenTower(nnx.Module):
         x_GD += jnp.where(noisy_G[:, None], self.timestep_embedding(timestep).astype(x_GD.dtype), 0)
         x_BGD = constrain(jnp.broadcast_to(x_GD, (prefix.length_B.shape[0], *x_GD.shape)), "BGD")
         x_BGD, _ = jax.lax.scan(layer, x_BGD, (weights, prefix.k_LBSKH, prefix.v_LBSKH), unroll=unroll)
-        v_BGC = jnp.einsum("BGD,CD->BGC", self.norm(x_BGD), self.w_out[...]) + self.b_out[...]
+        # float32: guidance would multiply the rounding of each branch by its scale.
+        v_BGC = jnp.einsum("BGD,CD->BGC", self.norm(x_BGD), self.w_out[...], preferred_element_type=jnp.float32)
+        v_BGC += self.b_out[...].astype(jnp.float32)
         return unpatchify(v_BGC, x_thwc.shape, self.patch_size)
 
 

@@ -72,7 +72,7 @@ def convolve(x: jax.Array, weight: jax.Array, pad: Sequence[tuple[int, int]], st
 
 
 class Norm(nnx.Module):
-    """x / |x| * sqrt(channels) * gamma, over channels; the length in float32."""
+    """x / |x| * sqrt(channels) * gamma, over channels, in float32."""
 
     def __init__(self, channels: int, *, file_axes: int = 3):
         self.gamma = plain((channels,), file_shape=(channels, *(1,) * file_axes), mean=1.0)
@@ -80,7 +80,7 @@ class Norm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         length = jnp.sqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True))
-        return (x32 / jnp.maximum(length, 1e-12)).astype(x.dtype) * x.shape[-1] ** 0.5 * self.gamma[...]
+        return (x32 / jnp.maximum(length, 1e-12) * x.shape[-1] ** 0.5 * self.gamma[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class ResidualBlock(nnx.Module):

@@ -1,0 +1,71 @@
+"""The small checkpoints and the requests on which this project is held against the reference (diffusers 0.42.1).
+
+Shared by the tests, which run them here, and by make_goldens.py, which records what the reference makes of them.
+"""
+
+import dataclasses
+
+import numpy as np
+from PIL import Image
+
+from cosmos3_jax.config import TINY, TINY_VAE
+
+# small: as many key/value heads as query heads; wide: grouped-query attention as in Nano; edge: the Edge family
+FAMILIES = {
+    "small": TINY,
+    "wide": dataclasses.replace(
+        TINY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=5,
+        num_attention_heads=32,
+        head_dim=32,
+        rope_axes_dim=(6, 5, 5),
+    ),
+    "edge": dataclasses.replace(
+        TINY,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        hidden_act="relu2",
+        rms_norm_eps=1e-5,
+        qk_norm_for_text=False,
+        use_und_k_norm_for_gen=True,
+        rope_theta=1e8,
+    ),
+}
+_random = np.random.RandomState(7)
+VAE = dataclasses.replace(
+    TINY_VAE,
+    latents_mean=tuple(np.round(0.3 * _random.standard_normal(16), 4).tolist()),
+    latents_std=tuple(np.round(0.5 + _random.random_sample(16), 4).tolist()),
+)
+IMAGE = Image.fromarray(_random.randint(0, 256, (100, 150, 3)).astype(np.uint8))
+CLIP = [Image.fromarray(_random.randint(0, 256, (70, 110, 3)).astype(np.uint8)) for _ in range(7)]
+
+PROMPT = "A red sports car driving along a coastal road at sunset."
+BASE = {
+    "prompt": PROMPT,
+    "num_frames": 9,
+    "height": 64,
+    "width": 96,
+    "num_inference_steps": 4,
+    "guidance_scale": 6.0,
+    "sigmas": "linear",
+    "seed": 5,
+    "prompt_style": "diffusers",
+}
+# Every mode and every setting that changes the arithmetic.
+CASES = {
+    "text_to_video": BASE,
+    "text_to_image": BASE | {"num_frames": 1, "guidance_scale": 4.0, "flow_shift": 3.0},
+    "image_to_video": BASE | {"image": IMAGE, "sigmas": "native"},
+    "video_to_video": BASE | {"video": CLIP},
+    "video_last_frame_0_2": BASE
+    | {"video": CLIP, "condition_frame_indexes_vision": (0, 2), "condition_video_keep": "last", "sigmas": "karras"},
+    "odd_rows_slow": BASE | {"height": 80, "fps": 16.0, "sigmas": "native", "negative_prompt": "blurry, low quality. " * 30},
+    "no_guidance": BASE | {"prompt": PROMPT * 12, "guidance_scale": 1.0, "sigmas": "karras", "fps": 30.0},
+    "one_step": BASE | {"prompt": "ocean", "num_inference_steps": 1, "negative_prompt": "rain"},
+    "many_steps": BASE | {"num_inference_steps": 12, "sigmas": "native", "flow_shift": 5.0},
+}
+BF16_CASES = ("text_to_video", "text_to_image", "image_to_video", "no_guidance")
