@@ -219,7 +219,7 @@ def read_weights(tree: nnx.State, names: Mapping[str, list[str]], files: TensorF
 
     def fill(path: str, w: Weight) -> jax.Array:
         tensors = [arrange(files.read(name), w) for name in names[path]]
-        value = np.stack(tensors) if is_stacked(w) else tensors[0]
+        value = (tensors[0] if len(tensors) == 1 else np.array(tensors, w.dtype)).reshape(w.shape)
         return jax.make_array_from_callback(w.shape, w.get_value().sharding, lambda index: value[index])
 
     return map_weights(fill, tree)

@@ -90,16 +90,20 @@ def split(network: nnx.Module, mesh: Mesh, dtype: Any) -> tuple[nnx.GraphDef, nn
 
 
 def random_weights(tree: nnx.State, seed: int = 0) -> nnx.State:
-    """Arrays for an abstract `tree`, drawn on the devices where they will live."""
-    keys = dict(zip(by_path(tree), jax.random.split(jax.random.key(seed), len(by_path(tree))), strict=True))
+    """Arrays for an abstract `tree`, drawn on the devices where they will live, in one program."""
+    weights = by_path(tree)
 
-    def draw(path: str, w: Weight) -> jax.Array:
-        return jax.jit(
-            lambda key: (w.mean + w.std * jax.random.normal(key, w.shape)).astype(w.dtype),
-            out_shardings=w.get_value().sharding,
-        )(keys[path])
+    def draw(key: jax.Array) -> dict[str, jax.Array]:
+        keys = jax.random.split(key, len(weights))
+        values = {
+            path: w.mean + w.std * jax.random.normal(k, w.shape) for k, (path, w) in zip(keys, weights.items(), strict=True)
+        }
+        return {path: value.astype(weights[path].dtype) for path, value in values.items()}
 
-    return map_weights(draw, tree)
+    placement = {path: w.get_value().sharding for path, w in weights.items()}
+    # "rbg": XLA's own generator compiles in a tenth of the time of JAX's default
+    values = jax.jit(draw, out_shardings=placement)(jax.random.key(seed, impl="rbg"))
+    return map_weights(lambda path, _: values[path], tree)
 
 
 def audit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], unused: Collection[str]) -> list[str]:

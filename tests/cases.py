@@ -69,3 +69,30 @@ CASES = {
     "many_steps": BASE | {"num_inference_steps": 12, "sigmas": "native", "flow_shift": 5.0},
 }
 BF16_CASES = ("text_to_video", "text_to_image", "image_to_video", "no_guidance")
+
+TEXT, GRID = 7, (2, 2, 3)  # one transformer layer: text tokens; frames, rows and columns of vision tokens
+CHUNKS = 2  # one block of the VAE: chunks after the first frame
+BLOCKS = {  # and the frames in each
+    "encoder.down_blocks.0": 4,
+    "encoder.down_blocks.1": 4,
+    "encoder.down_blocks.2": 2,
+    "encoder.down_blocks.3": 1,
+    "encoder.mid_block": 1,
+    "decoder.mid_block": 1,
+    "decoder.up_blocks.0": 1,
+    "decoder.up_blocks.1": 2,
+    "decoder.up_blocks.2": 4,
+    "decoder.up_blocks.3": 4,
+}
+SIZES = [(64, 96), (80, 80), (112, 176)]  # height and width that IMAGE and CLIP are fitted to
+
+
+def layer_inputs(width: int) -> tuple[np.ndarray, ...]:
+    """Random und and gen tokens, [TEXT, width] and [tokens of GRID, width]."""
+    random = np.random.RandomState(11)
+    return tuple(random.standard_normal((n, width)).astype(np.float32) for n in (TEXT, int(np.prod(GRID))))
+
+
+def block_inputs(channels: int, frames: int) -> np.ndarray:
+    """Random frames [1 + CHUNKS x frames, 4, 6, channels]."""
+    return np.random.RandomState(13).standard_normal((1 + CHUNKS * frames, 4, 6, channels)).astype(np.float32)

@@ -7,6 +7,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from pathlib import Path
 
 import cases
+import jax
+import numpy as np
 import pytest
 
 from convert.random_checkpoint import write_checkpoint
@@ -46,3 +48,29 @@ def pipes(folders):
         return made[family, dtype]
 
     return pipe
+
+
+@pytest.fixture
+def compilations():
+    """A list that grows by one for every program that XLA compiles."""
+    compiled = []
+
+    def listen(event: str, duration: float, **_) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield compiled
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(params=["recorded", pytest.param("live", marks=pytest.mark.live)])
+def goldens(request, folders):
+    """`goldens(name)`: what the reference computes, by name; recorded, and live where torch and diffusers are installed."""
+    if request.param == "live":
+        pytest.importorskip("torch")
+        pytest.importorskip("diffusers")
+        import make_goldens
+
+        return make_goldens.Live(folders)
+    return lambda name: np.load(DATA / "goldens" / f"{name}.npz")

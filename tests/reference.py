@@ -1,0 +1,101 @@
+"""The reference implementation (diffusers 0.42.1 on torch), run on the checkpoints and cases of the tests.
+
+Imported only by make_goldens.py and by the tests marked live. The reference draws our noise instead of torch's, so that a
+request is the same request on both sides.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import cases
+import numpy as np
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import diffusers
+    import torch
+    from diffusers import Cosmos3OmniPipeline, UniPCMultistepScheduler
+    from diffusers.pipelines.cosmos import pipeline_cosmos3_omni as omni
+
+diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+
+VERSIONS = {"diffusers": diffusers.__version__, "torch": torch.__version__}
+
+
+def load(folder: Path, dtype: str = "float32") -> Cosmos3OmniPipeline:
+    """The reference pipeline on a checkpoint folder; weights as `from_pretrained` loads them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = Cosmos3OmniPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype), enable_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe: Cosmos3OmniPipeline, case: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Latents [1, C, t, h, w] after the last step and frames [t, h, w, 3] of a case, float32."""
+    case = {key: value for key, value in case.items() if key != "prompt_style"}
+    sigmas, seed = case.pop("sigmas"), case.pop("seed")
+    shift = case.pop("flow_shift", 10.0)
+    pipe.scheduler = UniPCMultistepScheduler.from_config(
+        pipe.scheduler.config, flow_shift=shift, use_karras_sigmas=sigmas == "karras"
+    )
+    pipe.register_to_config(use_native_flow_schedule=sigmas == "native")
+    latents = {}
+
+    def keep(_pipe, _step, _timestep, values):
+        latents["last"] = values["latents"]
+        return values
+
+    def noise(shape, **_):
+        return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+    with torch.inference_mode(), mock.patch.object(omni, "randn_tensor", noise), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = pipe(**case, output_type="np", callback_on_step_end=keep, enable_safety_check=False)
+    return {"latents": latents["last"].float().numpy(), "video": np.asarray(result.video, np.float32)}
+
+
+def layer(pipe: Cosmos3OmniPipeline) -> dict[str, np.ndarray]:
+    """One transformer layer on random und and gen tokens, with the rotary angles it was given."""
+    config = pipe.transformer.config
+    und, gen = cases.layer_inputs(config.hidden_size)
+    text, _ = omni.get_3d_mrope_ids_text_tokens(cases.TEXT, 0, use_float_positions=True)
+    vision, _ = omni.get_3d_mrope_ids_vae_tokens(*cases.GRID, cases.TEXT + 15000, fps=16.0)
+    ids = torch.cat([text, vision], dim=1)[:, None]
+    with torch.inference_mode():
+        cos, sin = (x[0] for x in pipe.transformer.rotary_emb(ids, device="cpu", dtype=torch.float32))
+        rotary = (cos[: cases.TEXT], sin[: cases.TEXT], cos[cases.TEXT :], sin[cases.TEXT :])
+        und, gen = pipe.transformer.layers[1](torch.from_numpy(und), torch.from_numpy(gen), rotary)
+    half = cos.shape[-1] // 2
+    return {"und": und.numpy(), "gen": gen.numpy(), "cos": cos[:, :half].numpy(), "sin": sin[:, :half].numpy()}
+
+
+def blocks(pipe: Cosmos3OmniPipeline) -> dict[str, np.ndarray]:
+    """Every block of the VAE, streamed over a first frame and `cases.CHUNKS` chunks: outputs [t, h, w, c]."""
+    outputs = {}
+    for name, frames in cases.BLOCKS.items():
+        block = pipe.vae.get_submodule(name)
+        inputs = cases.block_inputs(block.resnets[0].conv1.in_channels, frames)
+        x = torch.from_numpy(np.moveaxis(inputs, -1, 0)[None])
+        cache, out = [None] * 32, []
+        for start, stop in [(0, 1), *((1 + i * frames, 1 + (i + 1) * frames) for i in range(cases.CHUNKS))]:
+            first = {"first_chunk": start == 0} if "up_blocks" in name else {}
+            with torch.inference_mode():
+                out.append(block(x[:, :, start:stop], feat_cache=cache, feat_idx=[0], **first))
+        outputs[name] = np.moveaxis(torch.cat(out, dim=2)[0].numpy(), 0, -1)
+    return outputs
+
+
+def fitted(image: Any, clip: Any, sizes: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+    """The reference's preparation of an image and of a clip at several sizes, [t, h, w, 3] in [-1, 1]."""
+    processor = diffusers.video_processor.VideoProcessor(vae_scale_factor=16, resample="bilinear")
+    outputs = {}
+    for height, width in sizes:
+        prepared = omni._preprocess_conditioning_image(image, height=height, width=width)
+        outputs[f"image_{height}x{width}"] = prepared[0].permute(1, 2, 0).numpy()
+        video = processor.preprocess_video(clip, height=height, width=width)
+        outputs[f"clip_{height}x{width}"] = video[0].permute(1, 2, 3, 0).numpy()
+    return outputs
