@@ -37,10 +37,10 @@ def make_mesh(cfg: int = 1, tp: int = 1, devices: Sequence[jax.Device] | None = 
     if tp < 1:
         raise InputError(f"tp={tp}: tensor parallelism needs at least one device; use tp=1 or more")
     if cfg * tp > len(present):
-        fits = max(1, len(present) // cfg)
+        fits = min(cfg, len(present))
         raise InputError(
             f"cfg={cfg} x tp={tp} needs {cfg * tp} devices, but there are {len(present)}; "
-            f"use cfg={cfg if cfg <= len(present) else 1} and tp={fits} or less"
+            f"cfg={fits} x tp={len(present) // fits} would fit"
         )
     grid = np.array(present[: cfg * tp]).reshape(cfg, tp)
     return Mesh(grid, ("cfg", "tp"), axis_types=(AxisType.Auto, AxisType.Auto))

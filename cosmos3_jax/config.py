@@ -1,7 +1,7 @@
 """What a checkpoint's JSON says, as frozen dataclasses, and the published models as presets.
 
-Field names are those of the published files. A key that is absent takes the default of the reference (diffusers 0.42.1),
-a key that changes nothing here is ignored, and a value that this project does not implement is refused by name.
+Field names are those of the published files. A key that is absent takes the published value (Nano's), a key that changes
+nothing here is ignored, and a value that this project does not implement is refused by name.
 """
 
 import dataclasses
@@ -66,6 +66,13 @@ class TransformerConfig:
         config = cls(**({"rope_axes_dim": tuple(section)} if section else {}) | _fields(cls, json))
         if config.hidden_act not in ("silu", "relu2"):
             raise InputError(f"transformer/config.json: hidden_act={config.hidden_act!r} is neither 'silu' nor 'relu2'")
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise InputError(
+                f"transformer/config.json: num_key_value_heads={config.num_key_value_heads} does not divide "
+                f"num_attention_heads={config.num_attention_heads}"
+            )
+        if len(config.rope_axes_dim) != 3:
+            raise InputError(f"transformer/config.json: rope_axes_dim={list(config.rope_axes_dim)} should be slots of t, h, w")
         if json.get("patch_latent_dim", config.sizes["C"]) != config.sizes["C"]:
             raise InputError(
                 f"transformer/config.json: patch_latent_dim={json['patch_latent_dim']} should be latent_channel x "
@@ -137,7 +144,10 @@ class VAEConfig:
         _require("vae/config.json", {"is_residual": False} | dict(json), is_residual=True)
         _require("vae/config.json", json, attn_scales=[])
         values = {"decoder_base_dim": json.get("base_dim")} | _fields(cls, json)
-        return cls(**{name: value for name, value in values.items() if value is not None})
+        config = cls(**{name: value for name, value in values.items() if value is not None})
+        if not config.z_dim == len(config.latents_mean) == len(config.latents_std):
+            raise InputError(f"vae/config.json: latents_mean and latents_std should have z_dim={config.z_dim} values")
+        return config
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """(t, h, w) of the latents of a clip: the first frame stands alone, then four frames a latent."""
@@ -162,6 +172,7 @@ class SchedulerConfig:
             _class_name="UniPCMultistepScheduler",
             prediction_type="flow_prediction",
             predict_x0=True,
+            use_flow_sigmas=True,
             solver_order=2,
             solver_type="bh2",
             lower_order_final=True,

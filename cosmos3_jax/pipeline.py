@@ -176,7 +176,6 @@ class Cosmos3Pipeline:
                     self._put(self._noise(request)),
                     given,
                     steps := self._steps(request),
-                    request.guidance_scale if request.guided else 1.0,
                     steps_per_call=request.steps_per_call,
                     on_step=callback_on_step_end and _public_callback(callback_on_step_end, steps),
                     on_progress=on_progress,
@@ -245,7 +244,8 @@ class Cosmos3Pipeline:
     def _steps(self, request: ResolvedRequest) -> sampler.Steps:
         scheduler = self.checkpoint.scheduler
         sigma = sampler.sigma_grid(request.sigmas, request.num_inference_steps, request.flow_shift, scheduler)
-        return sampler.unipc_steps(sigma, scheduler.num_train_timesteps)
+        guidance_scale = request.guidance_scale if request.guided else 1.0
+        return sampler.unipc_steps(sigma, guidance_scale, scheduler.num_train_timesteps)
 
     def _decode(self, latents_thwc: jax.Array, output_type: str) -> Any:
         if output_type == "latent":

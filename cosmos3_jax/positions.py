@@ -36,7 +36,7 @@ def vision_ids(config: TransformerConfig, shape_thw: tuple[int, int, int], start
     t, h, w = shape_thw
     size = config.latent_patch_size
     frame = np.arange(t, dtype=np.float32)
-    if config.enable_fps_modulation and t > 1:
+    if config.enable_fps_modulation:
         frame = frame / np.float32(fps) * np.float32(config.base_fps)
     corner = 0 if config.unified_3d_mrope_reset_spatial_ids else start
     row = np.arange(-(-h // size), dtype=np.float32) + corner

@@ -7,6 +7,7 @@ prompt, the same sentences on JSON too, and their "is not" forms on the negative
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +40,23 @@ class Clip:
 
 def load_tokenizer(folder: Path) -> Any:
     """The checkpoint's tokenizer. Raises InputError where it lacks what a prompt needs."""
-    import logging
-
+    if not folder.is_dir():
+        raise InputError(f"{folder}: missing; is the checkpoint complete?")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell everyone that there is no PyTorch
     from transformers import AutoTokenizer  # here: it takes seconds, and `--help` or a wrong flag need not wait for it
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: no tokenizer could be read there ({error})") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises Exception itself
+        raise InputError(f"{folder}: no tokenizer can be read there ({error})") from error
     if tokenizer.chat_template is None:
         raise InputError(f"{folder}: the tokenizer has no chat template; chat_template.jinja belongs beside it")
     if tokenizer.eos_token_id is None or "<|vision_start|>" not in tokenizer.get_vocab():
         raise InputError(f"{folder}: the tokenizer lacks an end-of-text token or <|vision_start|>")
+    try:
+        tokenize(tokenizer, "text", "system")
+    except Exception as error:  # whatever a template written by others may do
+        raise InputError(f"{folder}: the chat template cannot be used ({error})") from error
     return tokenizer
 
 
@@ -67,7 +72,7 @@ def native_texts(prompt: str, negative: str | None, clip: Clip, default_negative
     else:
         caption |= {"duration": f"{int(clip.num_frames / clip.fps)}s", "fps": float(clip.fps)}
     caption["resolution"] = {"H": clip.height, "W": clip.width}
-    return json.dumps(caption), negative
+    return json.dumps(caption), negative  # other scripts become \u escapes, as in the captions of diffusers
 
 
 def diffusers_texts(prompt: str, negative: str | None, clip: Clip) -> tuple[str, str]:

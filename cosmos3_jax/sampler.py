@@ -44,10 +44,11 @@ def sigma_grid(kind: str, count: int, flow_shift: float, config: SchedulerConfig
 
 @struct.dataclass
 class Steps:
-    """One row for each denoising step: what the network is told, and UniPC's coefficients. float32."""
+    """One row for each denoising step: what the network is told, guidance, and UniPC's coefficients. float32."""
 
     timestep: Table  # [n] sigma x 1000, cut off to a whole number
     sigma: Table  # [n] noise level of the step's sample
+    guidance_scale: Table  # [n]
     corrector: Table  # [n, 5] of (sample, last corrected sample, prediction, the one before, the one before that)
     predictor: Table  # [n, 3] of (corrected sample, prediction, the one before)
 
@@ -58,7 +59,7 @@ class Steps:
         return jax.tree.map(lambda column: column[rows], self)
 
 
-def unipc_steps(sigma: np.ndarray, num_train_timesteps: int = 1000) -> Steps:
+def unipc_steps(sigma: np.ndarray, guidance_scale: float = 1.0, num_train_timesteps: int = 1000) -> Steps:
     """UniPC over these noise levels, which end in an implied 0: the last step returns the prediction itself."""
     timestep = np.trunc(sigma * num_train_timesteps).astype(np.float32)
     sigma = np.append(sigma, 0).astype(np.float32).astype(np.float64)  # the reference rounds its sigmas to float32
@@ -73,7 +74,8 @@ def unipc_steps(sigma: np.ndarray, num_train_timesteps: int = 1000) -> Steps:
         predictor[i] = _predict(sigma[i : i + 2], alpha[i + 1], log_snr[max(i - 1, 0) : i + 2], order[i])
         if i > 0:
             corrector[i, 1:] = _correct(sigma[i - 1 : i + 1], alpha[i], log_snr[max(i - 2, 0) : i + 1], order[i - 1])
-    return Steps(timestep, *(a.astype(np.float32) for a in (sigma[:-1], corrector, predictor)))
+    columns = sigma[:-1], np.full(count, guidance_scale), corrector, predictor
+    return Steps(timestep, *(column.astype(np.float32) for column in columns))
 
 
 def _predict(sigma: np.ndarray, alpha: float, log_snr: np.ndarray, order: int) -> tuple[float, float, float]:
@@ -130,8 +132,10 @@ def guide(velocity_B: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def advance(state: State, step: Steps, velocity_thwc: jax.Array, given: Given) -> State:
-    """One UniPC step: predict the clean latents, correct this sample with them, predict the next sample."""
-    velocity_thwc = jnp.where(given.is_given_t[:, None, None, None], 0.0, velocity_thwc)
+    """One UniPC step: predict the clean latents, correct this sample with them, predict the next sample.
+
+    All of it is elementwise, so that what it makes of given frames stays there, and is written over.
+    """
     prediction = state.sample - step.sigma * velocity_thwc
     a, p = step.corrector, step.predictor
     corrected = a[0] * state.sample + a[1] * state.corrected
@@ -141,12 +145,12 @@ def advance(state: State, step: Steps, velocity_thwc: jax.Array, given: Given) -
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _run(velocity: Velocity, inputs: Any, state: State, steps: Steps, given: Given, scale: jax.Array):
+def run_steps(velocity: Velocity, inputs: Any, state: State, steps: Steps, given: Given) -> tuple[State, jax.Array]:
     """The state after `steps`, and a scalar that is ready when the state is (the state itself is donated onwards)."""
 
     def body(state: State, step: Steps) -> tuple[State, None]:
         velocity_B = velocity(inputs, state.sample, step.timestep, ~given.is_given_t)
-        return advance(state, step, guide(velocity_B, scale), given), None
+        return advance(state, step, guide(velocity_B, step.guidance_scale), given), None
 
     state, _ = jax.lax.scan(body, state, steps)
     return state, state.sample[0, 0, 0, 0]
@@ -162,7 +166,6 @@ def denoise(
     noise_thwc: jax.Array,
     given: Given,
     steps: Steps,
-    guidance_scale: float,
     *,
     steps_per_call: int = 1,
     on_step: OnStep | None = None,
@@ -176,11 +179,10 @@ def denoise(
     """
     zeros = jnp.zeros_like(noise_thwc)
     state = State(given.write(noise_thwc), zeros, jnp.copy(zeros), jnp.copy(zeros))
-    scale = jnp.float32(guidance_scale)
     done, running = 0, None
     while done < len(steps):
         rows = steps[done : done + steps_per_call]
-        state, ready = _run(velocity, inputs, state, rows, given, scale)
+        state, ready = run_steps(velocity, inputs, state, rows, given)
         if running is not None:
             jax.block_until_ready(running)
             on_progress(done)
@@ -189,7 +191,7 @@ def denoise(
         if answer is False:
             break
         if answer is not None and answer is not True:
-            state = state.replace(sample=jnp.asarray(answer, jnp.float32))
+            state = state.replace(sample=given.write(jnp.asarray(answer, jnp.float32)))
     jax.block_until_ready(state)
     on_progress(done)
     return state.sample

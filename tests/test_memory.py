@@ -9,6 +9,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from cosmos3_jax import make_mesh, sampler
@@ -66,9 +67,9 @@ def test_step_never_holds_the_scores(networks):
     cache = shape(NANO.num_hidden_layers, B, S, NANO.num_key_value_heads, NANO.head_dim)
     prefix = Prefix(cache, cache, shape(B, dtype=jnp.int32))
     inputs = gen.weights, Rotary(shape(B, G, 64), shape(B, G, 64)), prefix
-    steps = sampler.unipc_steps(jnp.array([0.9]))
+    steps = sampler.unipc_steps(np.array([0.9]))
     with jax.set_mesh(MESH):
-        lowered = sampler._run.lower(GenVelocity(gen.graph), inputs, state, steps, given, shape())
+        lowered = sampler.run_steps.lower(GenVelocity(gen.graph), inputs, state, steps, given)
         scratch, largest = temporary_bytes("denoising step", lowered)
     hidden = 4 * B * G * NANO.intermediate_size
     stacked_weight = 4 * NANO.num_hidden_layers * NANO.intermediate_size * NANO.hidden_size

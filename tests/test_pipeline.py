@@ -38,8 +38,8 @@ def ours(pipes):
 def test_equals_reference(family, case, ours, goldens):
     # Both sides add float32 in other orders; over four guided steps that comes to about 1e-5 of the standard deviation.
     expected = goldens(family)
-    for output, bound in {"latents": 3e-5, "video": 6e-5}.items():
-        assert errors(ours(family, "float32", case)[output], expected[f"{case}.{output}"])[1] < bound
+    for output in ("latents", "video"):
+        assert errors(ours(family, "float32", case)[output], expected[f"{case}.{output}"])[1] < 5e-5
 
 
 @pytest.mark.parametrize("case", cases.BF16_CASES)
@@ -51,7 +51,7 @@ def test_bf16_errs_no_more_than_the_reference(family, case, ours, goldens):
         error = errors(ours(family, "bfloat16", case)[output], expected[f"{case}.{output}"])
         rms, largest = error / expected[f"{case}.{output}.bf16"]
         assert rms < 1.25
-        assert largest < 1.5
+        assert largest < 2
 
 
 def test_another_prompt_compiles_nothing(pipes, compilations):

@@ -80,13 +80,13 @@ def test_angles_equal_reference(family, goldens):
 
 def test_padding_the_text_changes_nothing(towers):
     short, long = (towers.velocity(towers.prefix(prompts(9, bucket=bucket), [9])) for bucket in (9, 24))
-    np.testing.assert_allclose(short, long, atol=2e-6)  # the sums are split otherwise
+    np.testing.assert_allclose(short, long, atol=1e-5)  # the sums are split otherwise
 
 
 def test_branches_do_not_see_each_other(towers):
     both = towers.velocity(towers.prefix(prompts(9, 4, bucket=16), [9, 4]))
     alone = [towers.velocity(towers.prefix(prompts(length, bucket=16), [length])) for length in (9, 4)]
-    np.testing.assert_allclose(both, np.concatenate(alone), atol=2e-6)
+    np.testing.assert_allclose(both, np.concatenate(alone), atol=1e-5)  # nor do sums of other shapes round alike
     assert np.abs(both[0] - both[1]).max() > 1e-2
 
 

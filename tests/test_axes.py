@@ -1,0 +1,75 @@
+"""Letters and meshes: which device gets which part, and what a mesh that does not fit is told."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from cosmos3_jax.axes import constrain, inside_mesh, make_mesh, sharding, spec
+from cosmos3_jax.config import InputError
+
+
+@pytest.mark.parametrize(
+    ("dims", "expected"),
+    [
+        ("", P()),
+        ("D", P(None)),
+        ("NHD", P("tp", None, None)),
+        ("DNH", P(None, "tp", None)),
+        ("LBSKH", P(None, "cfg", None, "tp", None)),
+        ("DF", P(None, "tp")),
+        ("VD", P(None, None)),
+    ],
+)
+def test_letters_say_how_an_array_is_divided(dims, expected):
+    assert spec(dims) == expected
+
+
+def test_each_device_holds_its_heads_of_its_branch():
+    mesh = AbstractMesh((2, 4), ("cfg", "tp"))
+    assert sharding(mesh, "BSKH").shard_shape((2, 128, 8, 64)) == (1, 128, 2, 64)
+    assert sharding(mesh, "").shard_shape((2, 128, 8, 64)) == (2, 128, 8, 64)
+
+
+def test_cfg_is_outermost():
+    # A mesh only arranges its devices: numbers stand in for those that this machine does not have.
+    mesh = make_mesh(cfg=2, tp=3, devices=range(8))
+    assert mesh.axis_names == ("cfg", "tp")
+    np.testing.assert_array_equal(mesh.devices, [[0, 1, 2], [3, 4, 5]])
+
+
+def test_one_device_is_the_default():
+    assert make_mesh().devices.tolist() == [[jax.devices()[0]]]
+
+
+@pytest.mark.parametrize(
+    ("cfg", "tp", "count", "message"),
+    [
+        (3, 1, 8, "cfg=3: guidance has two branches; use cfg=1 or cfg=2"),
+        (0, 1, 8, "cfg=0: guidance has two branches; use cfg=1 or cfg=2"),
+        (1, 0, 8, "tp=0: tensor parallelism needs at least one device; use tp=1 or more"),
+        (2, 8, 8, "cfg=2 x tp=8 needs 16 devices, but there are 8; cfg=2 x tp=4 would fit"),
+        (1, 4, 3, "cfg=1 x tp=4 needs 4 devices, but there are 3; cfg=1 x tp=3 would fit"),
+        (2, 1, 1, "cfg=2 x tp=1 needs 2 devices, but there are 1; cfg=1 x tp=1 would fit"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(cfg, tp, count, message):
+    with pytest.raises(InputError) as error:
+        make_mesh(cfg, tp, devices=range(count))
+    assert str(error.value) == message
+
+
+def test_constrain_needs_no_mesh():
+    x = jnp.ones((2, 3, 4))
+    assert constrain(x, "BSD") is x
+    assert not inside_mesh()
+
+
+def test_constrain_divides_inside_a_mesh():
+    x = jnp.ones((2, 3, 4))
+    with jax.set_mesh(make_mesh()):
+        assert inside_mesh()
+        (constraint,) = jax.jit(lambda x: constrain(x, "BSN")).trace(x).jaxpr.eqns
+    assert constraint.params["sharding"].spec == spec("BSN")

@@ -1,0 +1,297 @@
+"""A folder on disk: the same weights however it was written, and every fault in it by name."""
+
+import dataclasses
+import fnmatch
+import json
+import re
+import shutil
+
+import huggingface_hub
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.numpy import load_file, save_file
+
+from convert.random_checkpoint import write_checkpoint
+from cosmos3_jax.axes import make_mesh
+from cosmos3_jax.checkpoint import Checkpoint, TensorFolder, load, locate, unused_tensors
+from cosmos3_jax.config import TINY, TINY_VAE, InputError
+from cosmos3_jax.pipeline import abstract_networks
+from cosmos3_jax.weights import by_path
+
+CONFIG = dataclasses.replace(TINY, num_hidden_layers=2)
+WITH_HEADS = dataclasses.replace(CONFIG, sound_gen=True, sound_dim=8, action_gen=True, action_dim=6)
+FILE = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("pristine"), CONFIG)
+
+
+@pytest.fixture
+def folder(pristine, tmp_path):
+    """A checkpoint to damage."""
+    return shutil.copytree(pristine, tmp_path / "checkpoint")
+
+
+def weights(folder, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Every weight of the three networks, by network and path."""
+    checkpoint = Checkpoint.open(folder)
+    networks = abstract_networks(checkpoint.transformer, checkpoint.vae, make_mesh(), dtype)
+    trees = load(checkpoint, *(network.weights for network in networks))
+    names = ("und", "gen", "vae")
+    return {
+        f"{name} {path}": np.asarray(w) for name, tree in zip(names, trees, strict=True) for path, w in by_path(tree).items()
+    }
+
+
+def edit(folder, part: str, change) -> None:
+    """Rewrites the tensors of a part: `change` takes and returns them by name."""
+    save_file(change(load_file(folder / part / FILE)), folder / part / FILE)
+
+
+def edit_json(path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+# What is loaded
+
+
+def test_shards_are_one_file(pristine, tmp_path):
+    sharded = write_checkpoint(tmp_path, CONFIG, shards=3)
+    assert len(list((sharded / "transformer").glob("*.safetensors"))) == 3
+    assert_equal(weights(sharded), weights(pristine))
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_bfloat16_is_float32_rounded(pristine, folder, stored):
+    """Whether the file is rounded, or what is read from it; but for the timestep embedder, which stays float32."""
+    for part in ("transformer", "vae"):
+        edit(folder, part, lambda tensors: {name: tensor.astype(stored) for name, tensor in tensors.items()})
+    expected = weights(pristine)
+    found = weights(folder, "bfloat16")
+    for name, value in found.items():
+        float32 = "timestep_embedding" in name
+        assert value.dtype == (jnp.float32 if float32 else jnp.bfloat16)
+        if stored == "bfloat16" or not float32:
+            expected[name] = expected[name].astype(ml_dtypes.bfloat16)
+    assert_equal(found, expected)
+
+
+def test_every_tensor_becomes_one_weight(folder):
+    """Tensors that are constant, each another number: a layer of a weight is one of them, and none is lost or doubled."""
+
+    def number(tensors):
+        return {name: np.full_like(tensor, i) for i, (name, tensor) in enumerate(tensors.items())}
+
+    for part in ("transformer", "vae"):
+        edit(folder, part, number)
+    used = {part: load_file(folder / part / FILE) for part in ("transformer", "vae")}
+    for name in unused_tensors(CONFIG):
+        used["transformer"].pop(name, None)
+    found = {"transformer": [], "vae": []}
+    for name, value in weights(folder).items():
+        rows = [*value] if " layers." in name else [value]
+        assert all(np.ptp(row) == 0 for row in rows), name
+        found["vae" if name.startswith("vae") else "transformer"] += [row.flat[0] for row in rows]
+    assert {part: sorted(values) for part, values in found.items()} == {
+        part: sorted(tensor.flat[0] for tensor in tensors.values()) for part, tensors in used.items()
+    }
+
+
+def test_convolutions_are_turned(pristine):
+    """Stored [out, in, time, height, width], used as [height, width, time x in, out]."""
+    stored = load_file(pristine / "vae" / FILE)["encoder.conv_in.weight"]
+    used = weights(pristine)["vae encoder.conv_in.weight"]
+    outputs, inputs, time, height, width = stored.shape
+    np.testing.assert_array_equal(used.reshape(height, width, time, inputs, outputs), stored.transpose(3, 4, 2, 1, 0))
+
+
+def test_sound_and_action_tensors_are_passed_over(tmp_path):
+    folder = write_checkpoint(tmp_path, WITH_HEADS)
+    published = load_file(folder / "transformer" / FILE)
+    heads = {name for name in published if "audio" in name or "action" in name}
+    assert len(heads) == 10
+    loaded = weights(folder)
+    edit(folder, "transformer", lambda tensors: {name: tensors[name] for name in tensors.keys() - unused_tensors(WITH_HEADS)})
+    assert_equal(weights(folder), loaded)
+
+
+# What the folder says of itself
+
+
+def test_the_configs_are_read_back(pristine):
+    checkpoint = Checkpoint.open(str(pristine))
+    assert (checkpoint.folder, checkpoint.transformer, checkpoint.vae) == (pristine, CONFIG, TINY_VAE)
+
+
+def test_the_name_of_the_first_releases_is_accepted(folder):
+    edit_json(folder / "model_index.json", _class_name="Cosmos3OmniDiffusersPipeline")
+    Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("name", ["WanPipeline", None])
+def test_another_pipeline_is_refused(folder, name):
+    edit_json(folder / "model_index.json", _class_name=name)
+    with pytest.raises(InputError, match=rf"^{folder}: model_index.json is of {name!r}; expected 'Cosmos3OmniPipeline'$"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_system_prompt_is_the_checkpoints_choice(folder, asked):
+    edit_json(folder / "model_index.json", default_use_system_prompt=asked)
+    assert Checkpoint.open(folder).use_system_prompt == asked
+
+
+def test_the_negative_prompt_is_the_checkpoints_json(folder):
+    assert Checkpoint.open(folder).negative_prompt == ""
+    (folder / "assets").mkdir()
+    (folder / "assets" / "negative_prompt.json").write_text('{\n  "style": ["blurry",\n "café"]}', encoding="utf-8")
+    assert Checkpoint.open(folder).negative_prompt == '{"style": ["blurry", "caf\\u00e9"]}'
+
+
+# What is wrong with it
+
+NEEDED = [
+    "model_index.json",
+    "transformer/config.json",
+    "vae/config.json",
+    "scheduler/scheduler_config.json",
+    f"transformer/{FILE}",
+    f"vae/{FILE}",
+]
+JSON = [name for name in NEEDED if name.endswith(".json")] + ["assets/negative_prompt.json", f"transformer/{FILE}.index.json"]
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_missing_file(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=rf"^{folder}(/|: no ){name}\b"):
+        weights(folder)
+
+
+@pytest.mark.parametrize("name", JSON)
+@pytest.mark.parametrize("text", ["", "{", "[]", "\xff"], ids=["empty", "cut", "list", "bytes"])
+def test_a_file_that_is_no_json_object(folder, name, text):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(text, encoding="latin-1")
+    with pytest.raises(InputError, match=rf"^{folder / name}: (not JSON|a JSON object is expected)"):
+        weights(folder)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": None}, {"weight_map": {"proj_in.weight": 3}}], ids=str)
+def test_an_index_without_files(folder, index):
+    path = folder / "transformer" / f"{FILE}.index.json"
+    path.write_text(json.dumps(index))
+    with pytest.raises(InputError, match=rf"^{path}: "):
+        weights(folder)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+@pytest.mark.parametrize("keep", [0, 4, 100, -1], ids=["empty", "4 bytes", "header cut", "last byte gone"])
+def test_a_damaged_file(folder, part, keep):
+    path = folder / part / FILE
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match=rf"^{path}: not a safetensors file that can be read"):
+        weights(folder)
+
+
+def test_a_missing_shard(tmp_path):
+    folder = write_checkpoint(tmp_path, CONFIG, shards=3)
+    gone = folder / "transformer" / "diffusion_pytorch_model-00002-of-00003.safetensors"
+    gone.unlink()
+    with pytest.raises(InputError, match=rf"^{gone}: not a safetensors file that can be read"):
+        weights(folder)
+
+
+def test_all_faults_at_once_before_anything_is_read(folder, monkeypatch):
+    def damage(missing: str, misshapen: str):
+        def change(tensors):
+            tensors["stray"] = np.zeros((2, 3), np.float32)
+            tensors[misshapen] = tensors[misshapen][:-1].copy()
+            return {name: tensor for name, tensor in tensors.items() if name != missing}
+
+        return change
+
+    edit(folder, "transformer", damage(missing="layers.1.self_attn.to_k.weight", misshapen="proj_out.bias"))
+    edit(folder, "vae", damage(missing="decoder.conv_in.bias", misshapen="encoder.conv_in.weight"))
+    monkeypatch.setattr(TensorFolder, "read", lambda self, name: pytest.fail(f"{name} was read"))
+    with pytest.raises(InputError) as error:
+        weights(folder)
+    assert str(error.value).splitlines() == [
+        f"{folder}: 6 tensors do not fit the configs",
+        "  transformer: missing: layers.1.self_attn.to_k.weight [128, 64]",
+        "  transformer: unexpected: stray [2, 3]",
+        "  transformer: misshapen: proj_out.bias is [63], expected [64]",
+        "  vae: missing: decoder.conv_in.bias [48]",
+        "  vae: unexpected: stray [2, 3]",
+        "  vae: misshapen: encoder.conv_in.weight is [7, 12, 3, 3, 3], expected [8, 12, 3, 3, 3]",
+    ]
+
+
+# Where it is
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked Hugging Face"))
+
+
+@pytest.mark.usefixtures("offline")
+def test_paths_to_a_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for path in (folder, str(folder), ".", "../checkpoint", f"../{folder.name}/", "~/checkpoint"):
+        assert locate(path).resolve() == folder
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("path", ["no", "./no", "../no", "/no/such/folder", "~/no", "a/b/c", "text.txt"])
+def test_paths_to_nothing(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").touch()
+    with pytest.raises(InputError, match=f"^{re.escape(path)}: there is no such folder$"):
+        locate(path)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("path", [".", "sub"])
+def test_a_folder_that_is_no_checkpoint(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(InputError, match=f"^{re.escape(path)}: no model_index.json there; a checkpoint folder"):
+        locate(path)
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), LocalEntryNotFoundError("offline")], ids=repr)
+def test_a_repository_that_cannot_be_reached(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(InputError, match=r"^nvidia/Cosmos3-Nano: neither a folder here nor a Hugging Face repository"):
+        locate("nvidia/Cosmos3-Nano")
+
+
+def test_a_repository_is_downloaded_without_what_is_not_needed(folder, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda repo, **options: asked.update({repo: options}) or str(folder)
+    )
+    assert Checkpoint.open("nvidia/Cosmos3-Nano").folder == folder
+    patterns = asked["nvidia/Cosmos3-Nano"]["allow_patterns"]
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 6
+    for name in [*files, "assets/negative_prompt.json"]:
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns), name
+    for name in ("README.md", "sound_tokenizer/model.safetensors", "vision_encoder/model.safetensors", "assets/demo.mp4"):
+        assert not any(fnmatch.fnmatch(name, pattern) for pattern in patterns), name

@@ -1,0 +1,124 @@
+"""Configs: the presets are what is published, and what is not implemented is refused by name."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from cosmos3_jax.config import (
+    EDGE,
+    NANO,
+    PRESETS,
+    SUPER,
+    TINY,
+    TINY_VAE,
+    WAN_VAE,
+    InputError,
+    SchedulerConfig,
+    TransformerConfig,
+    VAEConfig,
+)
+
+FOLDER = Path(__file__).parent / "data" / "configs"
+PUBLISHED = {path.stem.removesuffix("_config"): json.loads(path.read_text()) for path in FOLDER.glob("*.json")}
+
+
+@pytest.mark.parametrize("model", ["nano", "super", "edge"])
+def test_presets_are_the_published_transformers(model):
+    assert TransformerConfig.from_json(PUBLISHED[f"{model}_transformer"]) == PRESETS[model]
+
+
+@pytest.mark.parametrize("model", ["nano", "edge"])
+def test_every_model_has_one_vae_and_one_scheduler(model):
+    assert VAEConfig.from_json(PUBLISHED[f"{model}_vae"]) == WAN_VAE
+    assert SchedulerConfig.from_json(PUBLISHED[f"{model}_scheduler"]) == SchedulerConfig()
+
+
+@pytest.mark.parametrize("config", [NANO, SUPER, EDGE, TINY, WAN_VAE, TINY_VAE, SchedulerConfig(sigma_max=80.0)])
+def test_a_config_survives_json(config):
+    fixed = {"is_residual": True} if isinstance(config, VAEConfig) else {}
+    written = json.loads(json.dumps(fixed | dataclasses.asdict(config)))
+    assert type(config).from_json(written) == config
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        ("transformer", "attention_bias", True),
+        ("transformer", "hidden_act", "gelu"),
+        ("transformer", "patch_latent_dim", 64),
+        ("vae", "is_residual", False),
+        ("vae", "attn_scales", [0.5]),
+        ("scheduler", "_class_name", "FlowMatchEulerDiscreteScheduler"),
+        ("scheduler", "prediction_type", "epsilon"),
+        ("scheduler", "predict_x0", False),
+        ("scheduler", "solver_order", 3),
+        ("scheduler", "solver_type", "bh1"),
+        ("scheduler", "lower_order_final", False),
+        ("scheduler", "final_sigmas_type", "sigma_min"),
+        ("scheduler", "disable_corrector", [0]),
+        ("scheduler", "solver_p", "DPMSolver"),
+        ("scheduler", "thresholding", True),
+        ("scheduler", "use_dynamic_shifting", True),
+        ("scheduler", "shift_terminal", 0.1),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(kind, key, value):
+    reader = {"transformer": TransformerConfig, "vae": VAEConfig, "scheduler": SchedulerConfig}[kind]
+    with pytest.raises(InputError, match=rf"^{kind}/\w*config.json: " + re.escape(f"{key}={value!r} ")):
+        reader.from_json(PUBLISHED[f"nano_{kind}"] | {key: value})
+
+
+def test_a_vae_that_does_not_say_what_it_is_is_the_older_one():
+    with pytest.raises(InputError, match="is_residual=False"):
+        VAEConfig.from_json({key: value for key, value in PUBLISHED["nano_vae"].items() if key != "is_residual"})
+
+
+def test_a_vae_may_have_one_width_for_both_halves():
+    config = VAEConfig.from_json(PUBLISHED["nano_vae"] | {"base_dim": 96, "decoder_base_dim": None})
+    assert (config.base_dim, config.decoder_base_dim) == (96, 96)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, (24, 20, 20)),
+        ({"rope_scaling": None}, (24, 20, 20)),
+        ({"rope_scaling": {"mrope_section": [16, 24, 24]}}, (16, 24, 24)),
+        ({"rope_axes_dim": [16, 24, 24]}, (16, 24, 24)),
+        ({"rope_axes_dim": [16, 24, 24], "rope_scaling": {"mrope_section": [24, 20, 20]}}, (16, 24, 24)),
+        ({"rope_axes_dim": None, "rope_scaling": {"mrope_section": [16, 24, 24]}}, (16, 24, 24)),
+    ],
+)
+def test_rotary_slots_come_from_either_key(keys, expected):
+    assert TransformerConfig.from_json(keys).rope_axes_dim == expected
+
+
+@pytest.mark.parametrize(
+    ("clip", "latents"),
+    [((1, 720, 1280), (1, 45, 80)), ((5, 64, 96), (2, 4, 6)), ((189, 720, 1280), (48, 45, 80)), ((193, 16, 16), (49, 1, 1))],
+)
+def test_latent_shape(clip, latents):
+    assert WAN_VAE.latent_shape(*clip) == latents
+
+
+@pytest.mark.parametrize("config", [NANO, SUPER, EDGE], ids=["nano", "super", "edge"])
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_published_models_divide_over_up_to_8_devices(config, tp):
+    config.check_tensor_parallel(tp)
+
+
+@pytest.mark.parametrize(
+    ("config", "tp", "message"),
+    [
+        (NANO, 3, "tp=3 does not divide 32 query heads; use tp in {1, 2, 4, 8}"),
+        (SUPER, 16, "tp=16 does not divide 8 key/value heads; use tp in {1, 2, 4, 8}"),
+        (dataclasses.replace(NANO, intermediate_size=12), 8, "tp=8 does not divide 12 MLP columns; use tp in {1, 2, 4}"),
+    ],
+)
+def test_other_divisions_are_refused(config, tp, message):
+    with pytest.raises(InputError) as error:
+        config.check_tensor_parallel(tp)
+    assert str(error.value) == message

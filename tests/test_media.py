@@ -1,0 +1,310 @@
+"""Pictures and clips as arrays, and files that are whole or not there."""
+
+import io
+import os
+import re
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+from PIL import Image
+
+from cosmos3_jax import media
+from cosmos3_jax.config import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # imageio leaves its pipes to the collector
+LEVEL = 2 / 255  # one uint8 level in [-1, 1]
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.RandomState(0).randint(0, 256, (*shape, 3)).astype(np.uint8)
+
+
+def smooth(count: int, height: int = 32, width: int = 48) -> np.ndarray:
+    """A clip that H.264 keeps: frame i is gray level 20 i, with a soft ramp of colours across."""
+    ramp = np.linspace(0, 40, width)[None, None, :, None] * np.array([1.0, 0.5, 0.0])
+    return np.broadcast_to(20.0 * np.arange(count)[:, None, None, None] + ramp, (count, height, width, 3)).astype(np.uint8)
+
+
+# Pictures to arrays
+
+
+@pytest.mark.parametrize(
+    "convention",
+    [
+        lambda x: x,
+        lambda x: x.astype(int),
+        lambda x: x.astype(float),
+        lambda x: x / 255,
+        lambda x: x / 127.5 - 1,
+        lambda x: (x / 255).astype(np.float32),
+        Image.fromarray,
+    ],
+    ids=["uint8", "int", "float 255", "float 1", "float -1 1", "float32", "PIL"],
+)
+def test_a_picture_of_the_asked_size_stays_as_it_is(convention):
+    picture = noise(32, 48)
+    fitted = media.fit_image(convention(picture), 32, 48)
+    assert fitted.dtype == np.float32
+    np.testing.assert_array_equal(fitted, picture / np.float32(127.5) - 1)
+
+
+SIZES = [(32, 48), (100, 150), (33, 200), (200, 33), (7, 5)]
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize("value", [0, 1, 100, 255])
+def test_fit_image_keeps_a_constant(height, width, value):
+    fitted = media.fit_image(np.full((height, width, 3), value, np.uint8), 48, 64)
+    np.testing.assert_array_equal(fitted, np.full((48, 64, 3), value / np.float32(127.5) - 1, np.float32))
+
+
+@pytest.mark.parametrize("height", [24, 32, 48, 96, 200])  # an even number of columns is cut off
+def test_fit_image_keeps_a_symmetry(height):
+    half = noise(height, 100)
+    fitted = media.fit_image(np.concatenate([half, half[:, ::-1]], axis=1), 48, 64)
+    # a level: positions in float32 are not symmetric to the last bit, and that decides a rounding
+    np.testing.assert_allclose(fitted, fitted[:, ::-1], atol=1.01 * LEVEL)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_fit_image_crops_at_the_centre(axis):
+    picture = np.moveaxis(noise(56, 16), 0, axis)
+    centre = np.moveaxis(np.moveaxis(picture, axis, 0)[20:36], 0, axis)
+    np.testing.assert_array_equal(media.fit_image(picture, 16, 16), media.fit_image(centre, 16, 16))
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_fit_image_covers(height, width):
+    """Against Pillow's filter, which is the same up to a rounding: resized to cover, cropped at the centre."""
+    picture = noise(height, width)
+    scale = max(48 / height, 64 / width)
+    rows, columns = np.ceil([scale * height, scale * width]).astype(int).tolist()
+    covering = Image.fromarray(picture).resize((columns, rows), Image.Resampling.BILINEAR)
+    top, left = round((rows - 48) / 2), round((columns - 64) / 2)
+    cropped = np.asarray(covering.crop((left, top, left + 64, top + 48)))
+    np.testing.assert_allclose(media.fit_image(picture, 48, 64), cropped / 127.5 - 1, atol=1.01 * LEVEL)
+
+
+# Clips to arrays
+
+
+def test_a_clip_is_stretched_by_pillow():
+    clip = noise(3, 40, 50)
+    pictures = [Image.fromarray(frame) for frame in clip]
+    stretched = np.stack([np.asarray(picture.resize((64, 32), Image.Resampling.BILINEAR)) for picture in pictures])
+    for frames in (clip, list(clip), pictures):
+        fitted = media.fit_clip(frames, 32, 64)
+        assert fitted.dtype == np.float32
+        np.testing.assert_allclose(fitted, stretched / 127.5 - 1, atol=1e-6)  # divided by 255 and doubled, in float32
+
+
+def test_floats_take_their_nearest_pixels():
+    clip = np.random.RandomState(0).random_sample((2, 8, 6, 3)).astype(np.float32)
+    larger = clip.repeat(2, axis=1).repeat(3, axis=2)
+    np.testing.assert_array_equal(media.fit_clip(clip, 16, 18), 2 * larger - 1)
+    np.testing.assert_array_equal(media.fit_clip(larger, 8, 6), 2 * clip - 1)
+
+
+def test_floats_below_zero_are_taken_as_they_are():
+    clip = np.random.RandomState(0).uniform(-1, 1, (2, 8, 6, 3)).astype(np.float32)
+    np.testing.assert_array_equal(media.fit_clip(clip, 8, 6), clip)
+
+
+@pytest.mark.parametrize(
+    ("fit", "what", "shape"),
+    [
+        (fit, what, shape)
+        for fit, what, shapes in (
+            (media.fit_image, "image", [(8, 6), (8, 6, 4), (0, 6, 3), (1, 8, 6, 3)]),
+            (media.fit_clip, "video", [(8, 6, 3), (2, 8, 6, 4), (0, 8, 6, 3)]),
+        )
+        for shape in shapes
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_arrays_of_another_shape_are_refused(fit, what, shape, dtype):
+    with pytest.raises(InputError, match=rf"^{what}: an array of shape .* expected, not \[{', '.join(map(str, shape))}\]$"):
+        fit(np.zeros(shape, dtype), 16, 16)
+
+
+@pytest.mark.parametrize(
+    "clip", [[], [noise(8, 6), noise(9, 6)], [Image.new("RGB", (6, 8)), noise(9, 6)]], ids=["empty", "arrays", "mixed"]
+)
+def test_lists_that_are_no_clip_are_refused(clip):
+    with pytest.raises(InputError, match=r"^video: "):
+        media.fit_clip(clip, 16, 16)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_arrays_that_are_not_finite_are_refused(value):
+    with pytest.raises(InputError, match=r"^image: .*NaN or infinity"):
+        media.fit_image(np.full((8, 6, 3), value), 16, 16)
+    with pytest.raises(InputError, match=r"^video: .*finite floats in \[0, 1\]"):
+        media.fit_clip(np.full((2, 8, 6, 3), value), 16, 16)
+
+
+# Files to pictures and clips
+
+
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [(1, lambda x: x), (2, np.fliplr), (3, lambda x: np.rot90(x, 2)), (6, lambda x: np.rot90(x, -1)), (8, np.rot90)],
+)
+def test_a_photograph_is_turned_upright(tmp_path, orientation, upright):
+    picture = noise(8, 6)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(picture).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(np.asarray(media.open_image(tmp_path / "a.png")), upright(picture))
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("L", {}), ("1", {}), ("LA", {}), ("RGBA", {}), ("P", {}), ("P", {"transparency": 0}), ("P", {"transparency": b"\0\x80"})],
+)
+def test_every_kind_of_png_has_its_colours(tmp_path, mode, options):
+    """What is transparent keeps the colour that is stored for it."""
+    picture = Image.fromarray(noise(16, 16))
+    picture = picture.quantize(8) if mode == "P" else picture.convert(mode)
+    if mode == "RGBA":
+        picture.putalpha(Image.fromarray(noise(16, 16)[..., 0]))
+    picture.save(tmp_path / "a.png", **options)
+    fitted = media.fit_image(media.open_image(tmp_path / "a.png"), 16, 16)
+    np.testing.assert_array_equal(fitted, np.asarray(picture.convert("RGB")) / np.float32(127.5) - 1)
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(noise(16, 16)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no picture, no clip", png()[:200], re.sub(rb".IDAT", b"\0IDAT", png(), flags=re.DOTALL)],
+    ids=["empty", "text", "truncated", "wrong length of a chunk"],
+)
+def test_a_file_that_is_no_image(tmp_path, content):
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"^image {path}: not an image that can be read; PNG, JPEG and WebP are"):
+        media.open_image(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture, no clip"], ids=["empty", "text"])
+def test_a_file_that_is_no_clip(tmp_path, content):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"^video {path}: not a video that can be read; MP4 with H.264 is$"):
+        media.open_clip(path, 5)
+
+
+def test_a_clip_without_frames(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").touch()
+    monkeypatch.setattr(media.imageio, "imiter", lambda *_, **__: iter(()))
+    with pytest.raises(InputError, match=r"^video .*a.mp4: it has no frames$"):
+        media.open_clip(tmp_path / "a.mp4", 5)
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(InputError, match=r"^image .*a.png: there is no such file$"):
+        media.open_image(tmp_path / "a.png")
+    for path in (tmp_path / "a.mp4", tmp_path):
+        with pytest.raises(InputError, match=rf"^video {path}: there is no such file$"):
+            media.open_clip(path, 5)
+
+
+@pytest.mark.parametrize(("count", "keep", "taken"), [(3, "first", [0, 1, 2]), (3, "last", [4, 5, 6]), (9, "last", range(7))])
+def test_open_clip_takes_an_end(tmp_path, count, keep, taken):
+    clip = smooth(7)
+    media.write(tmp_path / "a.mp4", clip, 24)
+    frames = np.stack(media.open_clip(tmp_path / "a.mp4", count, keep))
+    assert len(frames) == len(taken)
+    # frames are 20 levels apart; H.264 and its colours are a few off
+    np.testing.assert_allclose(frames.astype(float).mean((1, 2)), clip[list(taken)].astype(float).mean((1, 2)), atol=5)
+
+
+# Arrays to files
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")  # of imageio beside JAX
+@pytest.mark.parametrize(("name", "fps"), [("a.mp4", 24.0), ("B.MP4", 12.5)])
+def test_a_clip_that_is_read_back(tmp_path, name, fps):
+    clip = smooth(9, 48, 80)
+    media.write(tmp_path / name, clip, fps)
+    found = imageio.immeta(tmp_path / name, plugin="FFMPEG")
+    assert (found["codec"], found["size"], found["fps"]) == ("h264", (80, 48), fps)
+    assert found["pix_fmt"].startswith("yuv420p")  # plays everywhere
+    frames = np.stack(media.open_clip(tmp_path / name, 100))
+    assert frames.shape == clip.shape
+    assert np.abs(frames.astype(float) - clip).mean() < 3  # of 255, at quality 8
+
+
+@pytest.mark.parametrize(("name", "error"), [("a.png", 0), ("a.PNG", 0), ("a.jpg", 8), ("a.jpeg", 8), ("a.webp", 8)])
+def test_a_picture_that_is_read_back(tmp_path, name, error):
+    picture = smooth(1)
+    media.write(tmp_path / name, picture, 24)
+    np.testing.assert_allclose(np.asarray(media.open_image(tmp_path / name)), picture[0].astype(float), atol=error)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "reason"),
+    [
+        ("a.gif", 5, "5 frames can be written as .mp4"),
+        ("a.png", 5, "5 frames can be written as .mp4"),
+        ("a.txt", 1, "1 frame can be written as .mp4, .png, .jpg, .jpeg, .webp"),
+        ("a", 1, "1 frame can be written as"),
+        ("no/a.mp4", 5, "the folder .*no does not exist; create it first"),
+        ("folder.mp4", 5, "cannot be written there"),
+    ],
+)
+def test_where_nothing_can_be_written(tmp_path, name, count, reason):
+    (tmp_path / "folder.mp4").mkdir()
+    for attempt in (
+        lambda: media.check_writable(tmp_path / name, count),
+        lambda: media.write(tmp_path / name, noise(count, 16, 16), 24),
+    ):
+        with pytest.raises(InputError, match=f"{name}: {reason}"):
+            attempt()
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.mp4"]
+
+
+def half_written(path, *_, **__):
+    path.write_bytes(b"half")
+    raise OSError("no space left on device")
+
+
+@pytest.mark.parametrize("before", [None, b"a good one"], ids=["new", "existing"])
+@pytest.mark.parametrize(("name", "count"), [("a.mp4", 5), ("a.png", 1)])
+def test_a_write_that_fails_changes_nothing(tmp_path, monkeypatch, name, count, before):
+    path = tmp_path / name
+    if before:
+        path.write_bytes(before)
+    monkeypatch.setattr(media.imageio, "imwrite", half_written)
+    monkeypatch.setattr(Image.Image, "save", lambda self, path, **_: half_written(path))
+    with pytest.raises(OSError, match="no space left"):
+        media.write(path, noise(count, 16, 16), 24)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == ({name: before} if before else {})
+
+
+def test_an_encoder_that_fails_changes_nothing(tmp_path):
+    """yuv420p takes no odd sizes: ffmpeg says so when it is closed, and imageio does not."""
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"a good one")
+    with pytest.raises((InputError, OSError)):
+        media.write(path, noise(5, 31, 31), 24)
+    assert path.read_bytes() == b"a good one"
+
+
+def test_a_file_is_replaced_and_open_to_others(tmp_path):
+    """As the umask has it; the temporary file was private."""
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+    umask = os.umask(0o027)
+    try:
+        media.write(path, noise(1, 16, 16), 24)
+    finally:
+        assert os.umask(umask) == 0o027  # left as it was
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert list(tmp_path.iterdir()) == [path]

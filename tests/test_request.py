@@ -1,0 +1,146 @@
+"""Defaults by mode, and a sentence for every value that cannot be used."""
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+import pytest
+
+from cosmos3_jax.config import EDGE, NANO, WAN_VAE, InputError
+from cosmos3_jax.request import Request, ResolvedRequest, resolve
+
+
+def ask(transformer=NANO, **settings) -> ResolvedRequest:
+    return resolve(Request(**{"prompt": "a ball"} | settings), transformer, WAN_VAE)
+
+
+@pytest.mark.parametrize(("num_frames", "steps", "guidance", "shift"), [(189, 35, 6, 10), (5, 35, 6, 10), (1, 50, 4, 3)])
+def test_defaults_of_a_video_and_of_an_image(num_frames, steps, guidance, shift):
+    request = ask(num_frames=num_frames)
+    assert (request.num_inference_steps, request.guidance_scale, request.flow_shift) == (steps, guidance, shift)
+    assert request.clip.is_image == (num_frames == 1)
+
+
+def test_the_published_clip_is_asked_for():
+    request = ask()
+    assert dataclasses.astuple(request.clip) == (189, 720, 1280, 24.0)
+    assert (request.seed, request.sigmas, request.prompt_style, request.output_type) == (42, "native", "native", "np")
+
+
+GIVEN = {
+    "negative_prompt": "",
+    "height": 32,
+    "width": 48,
+    "fps": 30,
+    "num_inference_steps": 7,
+    "guidance_scale": 2.5,
+    "flow_shift": 1.5,
+    "sigmas": "linear",
+    "seed": 0,
+    "prompt_style": "diffusers",
+    "output_type": "latent",
+    "steps_per_call": 3,
+}
+
+
+@pytest.mark.parametrize("num_frames", [1, 5])
+def test_what_was_asked_for_is_kept(num_frames):
+    given = GIVEN | {"num_frames": num_frames, "latents": np.zeros((1, 48, 1 + num_frames // 4, 2, 3))}
+    request = ask(**given)
+    assert {name: getattr(request, name) for name in given} == given
+
+
+@pytest.mark.parametrize(("scale", "guided"), [(-1, False), (0, False), (1, False), (1.001, True), (6, True)])
+def test_guidance_is_on_above_one(scale, guided):
+    assert ask(guidance_scale=scale).guided == guided
+
+
+def test_a_resolved_request_is_itself():
+    request = ask(num_frames=1)
+    assert resolve(request, NANO, WAN_VAE) is request
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("num_frames", range(1, 100, 4)), ("height", range(16, 100, 16))])
+def test_a_refused_size_offers_its_neighbours(name, sizes):
+    for value in sizes:
+        assert getattr(ask(**{name: value}), name) == value
+    for value in set(range(1, 80)) - set(sizes):
+        neighbours = [size for size in sizes if size < value][-1:] + [size for size in sizes if size > value][:1]
+        with pytest.raises(InputError, match=f"^{name}={value}\\b.*; use {' or '.join(map(str, neighbours))}$"):
+            ask(**{name: value})
+
+
+NO_NUMBERS = [True, "8", math.nan, math.inf, -math.inf, [5], 5j]
+
+
+@pytest.mark.parametrize("name", ["num_frames", "height", "width", "num_inference_steps", "steps_per_call", "seed"])
+def test_whole_numbers(name):
+    least = 0 if name == "seed" else 1
+    for value in [least - 1, -7, 5.0, *NO_NUMBERS]:
+        expected = f"{name}={value!r}: a whole number of at least {least} is expected"
+        with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
+            ask(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "values"), [("fps", [0, -24.0]), ("flow_shift", [0.0, -1]), ("guidance_scale", [])])
+def test_finite_numbers(name, values):
+    for value in values + NO_NUMBERS:
+        expected = f"{name}={value!r}: a finite number{'' if name == 'guidance_scale' else ' above 0'} is expected"
+        with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
+            ask(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["num_frames", "height", "width", "fps", "seed", "steps_per_call", "sigmas", "prompt"])
+def test_only_what_has_a_default_by_mode_may_be_none(name):
+    with pytest.raises(InputError, match=rf"^{name}\b.* expected"):
+        ask(**{name: None})
+
+
+CLIP = {"video": "clip.mp4", "num_frames": 9}
+REFUSED = [
+    ({"num_frames": 10}, "num_frames=10: one frame and then groups of 4 are made; use 9 or 13"),
+    ({"height": 100}, "height=100 is not a multiple of 16; use 96 or 112"),
+    ({"width": 8}, "width=8 is not a multiple of 16; use 16"),
+    ({"seed": 2**32}, "seed=4294967296: it must be below 2^32 = 4294967296"),
+    ({"sigmas": "cosine"}, "sigmas='cosine': one of native, linear, karras is expected"),
+    ({"prompt_style": ""}, "prompt_style='': one of native, diffusers is expected"),
+    ({"output_type": "pt"}, "output_type='pt': one of np, pil, latent is expected"),
+    ({"condition_video_keep": "middle"}, "condition_video_keep='middle': one of first, last is expected"),
+    ({"prompt": ["a ball"]}, "prompt: a string is expected, not list"),
+    ({"negative_prompt": b"rain"}, "negative_prompt: a string is expected, not bytes"),
+    (CLIP | {"image": "a.png"}, "image and video together: give an image to start from, or a clip to go on from, not both"),
+    ({"image": "a.png", "num_frames": 1}, "image with num_frames=1 leaves nothing to generate; ask for 5 frames or more"),
+    ({"video": "a.mp4", "num_frames": 1}, "video with num_frames=1 leaves nothing to generate; ask for 5 frames or more"),
+    (CLIP | {"condition_frame_indexes_vision": (0, 3)}, "[0, 3]: 9 frames have the latent frames 0 to 2"),
+    ({"enable_sound": True}, "enable_sound: this version makes no sound yet; leave it out"),
+    ({"sound_latents": np.zeros((64, 5))}, "enable_sound: this version makes no sound yet; leave it out"),
+    ({"enable_sound": True, "transformer": EDGE}, "enable_sound: this checkpoint has no sound heads; leave it out"),
+    ({"num_frames": 5, "latents": np.zeros((48, 2, 45, 80))}, "shape [48, 2, 45, 80] should be [1, 48, 2, 45, 80]"),
+    ({"num_frames": 5, "latents": np.zeros((1, 48, 5, 45, 80))}, "[1, 48, 5, 45, 80] should be [1, 48, 2, 45, 80]"),
+    ({"latents": "noise"}, "latents: shape [] should be [1, 48, 48, 45, 80]"),
+]
+
+
+@pytest.mark.parametrize(("settings", "sentence"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_refused(settings, sentence):
+    with pytest.raises(InputError, match=f"{re.escape(sentence)}$"):
+        ask(**settings)
+
+
+@pytest.mark.parametrize("indexes", [(), (-1,), (0, 1.0), "01", ("0",), 0, None], ids=repr)
+def test_indexes_that_are_no_latent_frames(indexes):
+    expected = f"condition_frame_indexes_vision={indexes!r}: latent frames are expected, such as [0, 1]"
+    with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
+        ask(**CLIP, condition_frame_indexes_vision=indexes)
+
+
+@pytest.mark.parametrize("indexes", [(0,), [2], range(3), np.array([0, 2])], ids=repr)
+def test_indexes_of_latent_frames(indexes):
+    assert ask(**CLIP, condition_frame_indexes_vision=indexes).condition_frame_indexes_vision is indexes
+
+
+def test_karras_says_that_flow_shift_has_no_effect():
+    with pytest.warns(UserWarning, match=r'^flow_shift=5.0 has no effect with sigmas="karras"$'):
+        ask(sigmas="karras", flow_shift=5.0)
+    ask(sigmas="karras")  # nothing to say: a warning would be an error here
