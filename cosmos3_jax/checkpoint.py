@@ -166,11 +166,14 @@ class TensorFolder:
     """The tensors of one folder, in one safetensors file or in several with an index."""
 
     def __init__(self, folder: Path):
-        single = folder / "diffusion_pytorch_model.safetensors"
-        index = folder / f"{single.name}.index.json"
-        files = [single]
+        name = "diffusion_pytorch_model.safetensors"
+        index = folder / f"{name}.index.json"
+        files = [folder / name]
         if index.is_file():
-            files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise InputError(f"{index}: a weight_map from tensors to files is expected")
+            files = [folder / name for name in sorted(set(weight_map.values()))]
         self._file_of: dict[str, Any] = {}
         for file in files:
             try:

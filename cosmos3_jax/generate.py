@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _generate(arguments: argparse.Namespace) -> None:
     """Checks everything, loads, generates, writes, and tells."""
-    checkpoint = Checkpoint.open(arguments.checkpoint or BUILT_IN)
+    checkpoint = Checkpoint.open(BUILT_IN if arguments.checkpoint is None else arguments.checkpoint)
     request = resolve(_request(arguments), checkpoint.transformer, checkpoint.vae)
     out = Path(arguments.out or ("cosmos3.png" if request.clip.is_image else "cosmos3.mp4"))
     media.check_writable(out, request.num_frames)

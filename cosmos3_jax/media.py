@@ -14,10 +14,12 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as imageio
+import imageio_ffmpeg
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from cosmos3_jax.config import InputError
 
@@ -28,11 +30,13 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 def open_image(path: str | Path) -> Image.Image:
     """The picture in a file, upright (EXIF applied). Raises InputError if it is none."""
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image.convert("RGB") if image.mode == "P" else image).copy()
+        with Image.open(path) as file:
+            # a palette may have transparency, and Pillow warns where that would be lost
+            image: Image.Image = file.convert("RGBA") if "transparency" in file.info else file
+            return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError as error:
         raise InputError(f"image {path}: there is no such file") from error
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a damaged PNG
         raise InputError(f"image {path}: not an image that can be read; PNG, JPEG and WebP are ({error})") from error
 
 
@@ -41,8 +45,8 @@ def open_clip(path: str | Path, count: int, keep: str = "first") -> list[Image.I
     if not Path(path).is_file():
         raise InputError(f"video {path}: there is no such file")
     try:
-        with _quiet_fork():
-            frames = imageio.imiter(path, plugin="FFMPEG")
+        frames: Any = imageio.imiter(path, plugin="FFMPEG")
+        with _quiet_fork(), contextlib.closing(frames):
             chosen = itertools.islice(frames, count) if keep == "first" else collections.deque(frames, count)
             clip = [Image.fromarray(frame) for frame in chosen]
     except (OSError, ValueError, RuntimeError, IndexError, StopIteration) as error:
@@ -114,11 +118,14 @@ def fit_clip(frames: Sequence[Image.Image] | np.ndarray, height: int, width: int
     if any value is negative, and take their nearest pixels. Source: diffusers 0.42.1, `VideoProcessor.preprocess_video`.
     Unlike diffusers: uint8 arrays mean [0, 255]; there they would be taken for [0, 1].
     """
-    if not isinstance(frames, np.ndarray) and all(isinstance(frame, Image.Image) for frame in frames):
+    if len(frames) > 0 and all(isinstance(frame, Image.Image) for frame in frames):
         resized = [frame.resize((width, height), Image.Resampling.BILINEAR).convert("RGB") for frame in frames]
         unit = np.stack([np.asarray(frame) for frame in resized]).astype(np.float32) / 255
         return 2 * unit - 1
-    array = np.asarray(frames)
+    try:
+        array = np.asarray(frames)
+    except ValueError as error:
+        raise InputError("video: pictures, or arrays of one shape, are expected") from error
     if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
         raise InputError(f"video: an array of shape [frames, height, width, 3] is expected, not {list(array.shape)}")
     if array.dtype == np.uint8:
@@ -145,24 +152,40 @@ def check_writable(path: Path, num_frames: int) -> None:
 
 
 def write(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Writes uint8 frames [t, h, w, 3] as H.264 (yuv420p, plays everywhere), or one frame as a picture."""
+    """Writes uint8 frames [t, h, w, 3] as H.264 (yuv420p, plays everywhere), or one frame as a picture.
+
+    Raises InputError where that cannot be; then nothing has changed.
+    """
     check_writable(path, len(frames))
-    with _beside(path) as partial:
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            Image.fromarray(frames[0]).save(partial, quality=95)
-            return
-        with _quiet_fork():
-            imageio.imwrite(
-                partial,
-                frames,
-                plugin="FFMPEG",
-                fps=fps,
-                codec="libx264",
-                pixelformat="yuv420p",
-                quality=8,  # of 10
-                macro_block_size=1,  # do not resize: sizes are multiples of 16 already
-                output_params=["-movflags", "+faststart"],
-            )
+    try:
+        with _beside(path) as partial:
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                Image.fromarray(frames[0]).save(partial, quality=95)
+            else:
+                _encode(partial, frames, fps)
+    except OSError as error:
+        raise InputError(f"{path}: could not be written ({error})") from error
+
+
+def _encode(path: Path, frames: np.ndarray, fps: float) -> None:
+    with _quiet_fork():
+        imageio.imwrite(
+            path,
+            frames,
+            plugin="FFMPEG",
+            fps=fps,
+            codec="libx264",
+            pixelformat="yuv420p",
+            quality=8,  # of 10
+            macro_block_size=1,  # do not resize: sizes are multiples of 16 already
+            output_params=["-movflags", "+faststart"],
+        )
+        try:
+            written, _ = imageio_ffmpeg.count_frames_and_secs(path)
+        except RuntimeError:
+            written = 0
+    if written != len(frames):  # ffmpeg may fail as it is closed, and imageio does not say so
+        raise OSError(f"ffmpeg wrote {written} of {len(frames)} frames; is the disk full?")
 
 
 def _quiet_fork() -> warnings.catch_warnings:

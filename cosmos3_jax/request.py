@@ -144,8 +144,8 @@ def _check_given(request: Request, vae: VAEConfig) -> None:
     if request.video is None:
         return
     indexes = request.condition_frame_indexes_vision
-    whole = not isinstance(indexes, str) and all(isinstance(i, numbers.Integral) and i >= 0 for i in indexes)
-    if not whole or not len(indexes):
+    listed = isinstance(indexes, Sequence | np.ndarray) and len(indexes) > 0
+    if not listed or not all(isinstance(i, numbers.Integral) and i >= 0 for i in indexes):
         raise InputError(f"condition_frame_indexes_vision={indexes!r}: latent frames are expected, such as [0, 1]")
     latent_frames = vae.latent_shape(request.num_frames, request.height, request.width)[0]
     if max(indexes) >= latent_frames:
