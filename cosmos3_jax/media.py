@@ -111,15 +111,15 @@ def resize(x: np.ndarray, size: int, axis: int) -> np.ndarray:
     return np.moveaxis(out, 0, axis)
 
 
-def fit_clip(frames: Sequence[Image.Image] | np.ndarray, height: int, width: int) -> np.ndarray:
-    """A clip stretched to height x width: float32 [t, height, width, 3] in [-1, 1].
+def fit_clip(frames: Sequence[Image.Image] | np.ndarray, height: int, width: int, part: slice = slice(None)) -> np.ndarray:
+    """Part of a clip, stretched to height x width: float32 [t, height, width, 3] in [-1, 1].
 
     Pictures (and uint8 arrays, taken as pictures) are resized by Pillow, bilinear. Float arrays are in [0, 1], or in [-1, 1]
-    if any value is negative, and take their nearest pixels. Source: diffusers 0.42.1, `VideoProcessor.preprocess_video`.
-    Unlike diffusers: uint8 arrays mean [0, 255]; there they would be taken for [0, 1].
+    if any value of the whole clip is negative, and take their nearest pixels. Source: diffusers 0.42.1,
+    `VideoProcessor.preprocess_video`. Unlike diffusers: uint8 arrays mean [0, 255]; there they would be taken for [0, 1].
     """
     if len(frames) > 0 and all(isinstance(frame, Image.Image) for frame in frames):
-        resized = [frame.resize((width, height), Image.Resampling.BILINEAR).convert("RGB") for frame in frames]
+        resized = [frame.resize((width, height), Image.Resampling.BILINEAR).convert("RGB") for frame in frames[part]]
         unit = np.stack([np.asarray(frame) for frame in resized]).astype(np.float32) / 255
         return 2 * unit - 1
     try:
@@ -129,15 +129,15 @@ def fit_clip(frames: Sequence[Image.Image] | np.ndarray, height: int, width: int
     if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
         raise InputError(f"video: an array of shape [frames, height, width, 3] is expected, not {list(array.shape)}")
     if array.dtype == np.uint8:
-        return fit_clip([Image.fromarray(frame) for frame in array], height, width)
+        return fit_clip([Image.fromarray(frame) for frame in array[part]], height, width)
     if not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all():
         raise InputError("video: an array of uint8, or of finite floats in [0, 1], is expected")
     rows, columns = (
         np.minimum((np.arange(new) * (np.float32(old) / np.float32(new))).astype(int), old - 1)
         for new, old in zip((height, width), array.shape[1:3], strict=True)
     )
-    array = array.astype(np.float32)[:, rows][:, :, columns]
-    return array if array.min() < 0 else 2 * array - 1
+    fitted = array[part][:, rows][:, :, columns].astype(np.float32)
+    return fitted if array.min() < 0 else 2 * fitted - 1
 
 
 def check_writable(path: Path, num_frames: int) -> None:

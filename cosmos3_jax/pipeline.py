@@ -154,12 +154,9 @@ class Cosmos3Pipeline:
 
     def run(self, request: Request, *, callback_on_step_end: Callable | None = None, progress: bool = True) -> Result:
         """Generates what `request` asks for; `__call__` with a value instead of words."""
-        config = self.checkpoint
-        return self._run(
-            open_media(resolve(request, config.transformer, config.vae), config.vae), callback_on_step_end, progress
-        )
-
-    def _run(self, request: ResolvedRequest, callback_on_step_end: Callable | None, progress: bool) -> Result:
+        request = resolve(request, self.checkpoint.transformer, self.checkpoint.vae)
+        request = open_media(request, self.checkpoint.vae)
+        steps = self._steps(request)
         seconds: dict[str, float] = {}
         with jax.set_mesh(self.mesh):
             with _timed(seconds, "tokenize"):
@@ -175,7 +172,7 @@ class Cosmos3Pipeline:
                     (self.gen.weights, vision, prefix),
                     self._put(self._noise(request)),
                     given,
-                    steps := self._steps(request),
+                    steps,
                     steps_per_call=request.steps_per_call,
                     on_step=callback_on_step_end and _public_callback(callback_on_step_end, steps),
                     on_progress=on_progress,
@@ -214,23 +211,26 @@ class Cosmos3Pipeline:
         return self.checkpoint.vae.latent_shape(request.num_frames, request.height, request.width)
 
     def _encode_given(self, request: ResolvedRequest) -> sampler.Given:
-        """The latents of the frames that came with the request; the encoder is causal, so later frames are not needed."""
+        """The latents of the frames that came with the request; none are given without an image or a clip."""
         t, h, w = self._latent_shape(request)
         latents, is_given = np.zeros((t, h, w, self.checkpoint.vae.z_dim), np.float32), np.zeros(t, bool)
         if request.image is not None:
-            frames, indexes = media.fit_image(request.image, request.height, request.width)[None], [0]
+            frames = media.fit_image(request.image, request.height, request.width)[None]
+            is_given[0] = True
         elif request.video is not None:
-            frames = media.fit_clip(request.video, request.height, request.width)
-            indexes = list(request.condition_frame_indexes_vision)
-            count = _frames_needed(request, self.checkpoint.vae)
-            frames = frames[:count] if request.condition_video_keep == "first" else frames[-count:]
-            frames = np.pad(frames, ((0, count - len(frames)), (0, 0), (0, 0), (0, 0)), mode="edge")
-        else:
-            return sampler.Given(*self._put((latents, is_given)))
-        encoded = encode(self.vae.graph, self.vae.weights, frames)
-        latents[: len(encoded)] = np.asarray(encoded)
-        is_given[indexes] = True
+            frames = self._given_frames(request)
+            is_given[list(request.condition_frame_indexes_vision)] = True
+        if is_given.any():
+            encoded = np.asarray(encode(self.vae.graph, self.vae.weights, frames))
+            latents[: len(encoded)] = encoded
         return sampler.Given(*self._put((latents, is_given)))
+
+    def _given_frames(self, request: ResolvedRequest) -> np.ndarray:
+        """What the last given latent frame sees of the clip (the encoder is causal); a clip too short is held at its end."""
+        count = _frames_needed(request, self.checkpoint.vae)
+        part = slice(count) if request.condition_video_keep == "first" else slice(-count, None)
+        frames = media.fit_clip(request.video, request.height, request.width, part)
+        return np.pad(frames, ((0, count - len(frames)), (0, 0), (0, 0), (0, 0)), mode="edge")
 
     def _noise(self, request: ResolvedRequest) -> np.ndarray:
         """Float32 [t, h, w, C], the same on every mesh; as NVIDIA's framework draws it."""

@@ -68,7 +68,7 @@ CASES = {
     "one_step": BASE | {"prompt": "ocean", "num_inference_steps": 1, "negative_prompt": "rain"},
     "many_steps": BASE | {"num_inference_steps": 12, "sigmas": "native", "flow_shift": 5.0},
 }
-BF16_CASES = ("text_to_video", "text_to_image", "image_to_video", "no_guidance")
+BF16_CASES = ("text_to_video", "text_to_image", "image_to_video", "video_to_video", "no_guidance")
 
 TEXT, GRID = 7, (2, 2, 3)  # one transformer layer: text tokens; frames, rows and columns of vision tokens
 CHUNKS = 2  # one block of the VAE: chunks after the first frame

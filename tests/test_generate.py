@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from convert.random_checkpoint import write_checkpoint
-from cosmos3_jax import Cosmos3Pipeline, generate, make_mesh, media
+from cosmos3_jax import Cosmos3Pipeline, InputError, generate, make_mesh, media
 from cosmos3_jax.checkpoint import BUILT_IN, TensorFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # imageio leaves its pipes to the collector
@@ -153,6 +153,18 @@ def test_what_is_given_is_told_by_its_size(flags, name, value):
     told = run(*shlex.split(flags)).told
     assert told[name] == value
     assert ("condition_frame_indexes_vision" in told) == (name == "video")
+
+
+def test_where_and_how_it_runs(monkeypatch):
+    """The mesh and the dtype reach the pipeline, which is asked for nothing more here."""
+
+    def stop(path, *, mesh, dtype):
+        raise InputError(f"{path.name} {dict(mesh.shape)} {dtype}")
+
+    monkeypatch.setattr(generate, "make_mesh", lambda cfg, tp: make_mesh(cfg, tp, jax.devices() * 8))
+    monkeypatch.setattr(Cosmos3Pipeline, "from_pretrained", stop)
+    assert run("--cfg", 2, "--tp", 4, "--dtype", "bfloat16").err == "error: tiny {'cfg': 2, 'tp': 4} bfloat16\n"
+    assert run().err == "error: tiny {'cfg': 1, 'tp': 1} None\n"
 
 
 @pytest.mark.usefixtures("place")
