@@ -186,6 +186,11 @@ class TensorFolder:
         """The shape of every tensor, from the files' headers alone."""
         return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._file_of.items()}
 
+    def other_kinds(self) -> list[str]:
+        """The tensors that are not stored as floats of 16 or 32 bits."""
+        kinds = {name: file.get_slice(name).get_dtype() for name, file in self._file_of.items()}
+        return [f"{name} is {kind}" for name, kind in sorted(kinds.items()) if kind not in ("F32", "BF16", "F16")]
+
     def read(self, name: str) -> np.ndarray:
         """One tensor, as it is stored."""
         return self._file_of[name].get_tensor(name)
@@ -203,6 +208,7 @@ def load(checkpoint: Checkpoint, und: nnx.State, gen: nnx.State, vae: nnx.State)
     wanted = file_shapes(und, und_names) | file_shapes(gen, gen_names)
     problems = [f"transformer: {line}" for line in audit(wanted, towers.shapes(), unused_tensors(checkpoint.transformer))]
     problems += [f"vae: {line}" for line in audit(file_shapes(vae, vae_names), autoencoder.shapes(), ())]
+    problems += [f"of another kind: {line}" for files in (towers, autoencoder) for line in files.other_kinds()]
     if problems:
         raise InputError(f"{checkpoint.folder}: {len(problems)} tensors do not fit the configs\n  " + "\n  ".join(problems))
     return (

@@ -13,11 +13,24 @@ class InputError(ValueError):
     """A value from outside cannot be used; the message names it, what was expected and what to do."""
 
 
-def _fields(cls: type, json: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of `json` that are fields of `cls`, lists made tuples; null means the default."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    known = {name: value for name, value in json.items() if name in names and value is not None}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+def _fields(cls: type, file: str, json: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of `json` that are fields of `cls`, lists made tuples; null means the default.
+
+    Raises InputError for a value of another type than the default's.
+    """
+    known = {}
+    for field in dataclasses.fields(cls):
+        value = json.get(field.name)
+        if value is None:
+            continue
+        value = tuple(value) if isinstance(value, list) else value
+        kind = type(field.default)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if field.default is not None and type(value) is not kind:
+            raise InputError(f"{file}: {field.name}={value!r} is not of the type of {field.default!r}")
+        known[field.name] = value
+    return known
 
 
 def _require(file: str, json: Mapping[str, Any], **values: Any) -> None:
@@ -62,8 +75,9 @@ class TransformerConfig:
     def from_json(cls, json: Mapping[str, Any]) -> Self:
         """Reads `transformer/config.json`. Raises InputError for an architecture that is not implemented."""
         _require("transformer/config.json", json, attention_bias=False)
-        section = (json.get("rope_scaling") or {}).get("mrope_section")
-        config = cls(**({"rope_axes_dim": tuple(section)} if section else {}) | _fields(cls, json))
+        file, scaling = "transformer/config.json", json.get("rope_scaling")
+        section = scaling.get("mrope_section") if isinstance(scaling, Mapping) else None
+        config = cls(**_fields(cls, file, {"rope_axes_dim": section}) | _fields(cls, file, json))
         if config.hidden_act not in ("silu", "relu2"):
             raise InputError(f"transformer/config.json: hidden_act={config.hidden_act!r} is neither 'silu' nor 'relu2'")
         if config.num_attention_heads % config.num_key_value_heads:
@@ -143,8 +157,8 @@ class VAEConfig:
         """Reads `vae/config.json`. Raises InputError for a VAE of another kind than Wan 2.2's."""
         _require("vae/config.json", {"is_residual": False} | dict(json), is_residual=True)
         _require("vae/config.json", json, attn_scales=[])
-        values = {"decoder_base_dim": json.get("base_dim")} | _fields(cls, json)
-        config = cls(**{name: value for name, value in values.items() if value is not None})
+        like_encoder = {"decoder_base_dim": json.get("base_dim")}
+        config = cls(**_fields(cls, "vae/config.json", like_encoder) | _fields(cls, "vae/config.json", json))
         if not config.z_dim == len(config.latents_mean) == len(config.latents_std):
             raise InputError(f"vae/config.json: latents_mean and latents_std should have z_dim={config.z_dim} values")
         return config
@@ -183,7 +197,7 @@ class SchedulerConfig:
             use_dynamic_shifting=False,
             shift_terminal=None,
         )
-        return cls(**_fields(cls, json))
+        return cls(**_fields(cls, "scheduler/scheduler_config.json", json))
 
 
 NANO = TransformerConfig(sound_gen=True, sound_dim=64, action_gen=True, action_dim=64)

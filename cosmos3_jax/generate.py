@@ -103,7 +103,7 @@ def _settings(request: ResolvedRequest) -> dict[str, object]:
 def _read_text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"@{path}: no text file that can be read ({error})") from error
 
 

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import math
 import os
+import stat
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -64,13 +65,11 @@ def fit_image(image: Image.Image | np.ndarray, height: int, width: int) -> np.nd
     """
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGB"))
-    pixels = np.asarray(image)
-    if pixels.ndim != 3 or pixels.shape[-1] != 3 or 0 in pixels.shape:
-        raise InputError(f"image: an array of shape [height, width, 3] is expected, not {list(pixels.shape)}")
-    is_float = np.issubdtype(pixels.dtype, np.floating)
+    pixels = _array("image", image, "[height, width, 3]")
+    is_float = pixels.dtype.kind == "f"
     pixels = pixels.astype(np.float32)
-    if not np.isfinite(pixels).all():
-        raise InputError("image: the array holds NaN or infinity; values in [0, 1] or [0, 255] are expected")
+    if not np.isfinite(pixels).all() or np.abs(pixels).max() > 255:
+        raise InputError("image: values in [0, 1] or [0, 255] are expected; the array has others")
     if is_float and pixels.min() < 0:
         pixels = (pixels + 1) * np.float32(127.5)
     elif is_float and pixels.max() <= 1:
@@ -118,26 +117,34 @@ def fit_clip(frames: Sequence[Image.Image] | np.ndarray, height: int, width: int
     if any value of the whole clip is negative, and take their nearest pixels. Source: diffusers 0.42.1,
     `VideoProcessor.preprocess_video`. Unlike diffusers: uint8 arrays mean [0, 255]; there they would be taken for [0, 1].
     """
-    if len(frames) > 0 and all(isinstance(frame, Image.Image) for frame in frames):
+    if isinstance(frames, Sequence) and len(frames) > 0 and all(isinstance(frame, Image.Image) for frame in frames):
         resized = [frame.resize((width, height), Image.Resampling.BILINEAR).convert("RGB") for frame in frames[part]]
         unit = np.stack([np.asarray(frame) for frame in resized]).astype(np.float32) / 255
         return 2 * unit - 1
-    try:
-        array = np.asarray(frames)
-    except ValueError as error:
-        raise InputError("video: pictures, or arrays of one shape, are expected") from error
-    if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
-        raise InputError(f"video: an array of shape [frames, height, width, 3] is expected, not {list(array.shape)}")
+    array = _array("video", frames, "[frames, height, width, 3]")
     if array.dtype == np.uint8:
         return fit_clip([Image.fromarray(frame) for frame in array[part]], height, width)
-    if not np.issubdtype(array.dtype, np.floating) or not np.isfinite(array).all():
-        raise InputError("video: an array of uint8, or of finite floats in [0, 1], is expected")
+    if array.dtype.kind != "f" or not np.isfinite(array).all() or np.abs(array).max() > 1:
+        raise InputError("video: an array of uint8, or of floats in [0, 1] or [-1, 1], is expected")
     rows, columns = (
         np.minimum((np.arange(new) * (np.float32(old) / np.float32(new))).astype(int), old - 1)
         for new, old in zip((height, width), array.shape[1:3], strict=True)
     )
     fitted = array[part][:, rows][:, :, columns].astype(np.float32)
     return fitted if array.min() < 0 else 2 * fitted - 1
+
+
+def _array(what: str, value: Any, shape: str) -> np.ndarray:
+    """An array of numbers of this shape. Raises InputError for anything else."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of unequal lengths
+        array = np.asarray(None)
+    if array.ndim != shape.count(",") + 1 or array.shape[-1] != 3 or 0 in array.shape or array.dtype.kind not in "uif":
+        raise InputError(
+            f"{what}: pictures, or an array of shape {shape}, are expected, not {list(array.shape)} of {array.dtype}"
+        )
+    return array
 
 
 def check_writable(path: Path, num_frames: int) -> None:
@@ -147,8 +154,15 @@ def check_writable(path: Path, num_frames: int) -> None:
         raise InputError(f"{path}: {num_frames} frame{'s'[: num_frames > 1]} can be written as {', '.join(suffixes)}")
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder {path.parent} does not exist; create it first")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: cannot be written there")
+    try:
+        mode = path.stat().st_mode if os.access(path.parent, os.W_OK) else 0
+        writable = stat.S_ISREG(mode)
+    except FileNotFoundError:
+        writable = True
+    except (OSError, ValueError):  # a name that no file can have
+        writable = False
+    if not writable:
+        raise InputError(f"{path}: no file can be written there")
 
 
 def write(path: Path, frames: np.ndarray, fps: float) -> None:
@@ -196,7 +210,7 @@ def _quiet_fork() -> warnings.catch_warnings:
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """A name in the same folder, renamed to `path` when all went well and removed when not."""
-    handle, name = tempfile.mkstemp(suffix=path.suffix, prefix=f".{path.stem}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(suffix=path.suffix, prefix=".cosmos3.", dir=path.parent)
     os.close(handle)
     partial = Path(name)
     try:

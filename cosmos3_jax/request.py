@@ -6,6 +6,7 @@ Names are those of diffusers where it has them.
 import dataclasses
 import math
 import numbers
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -87,26 +88,32 @@ def resolve(request: Request, transformer: TransformerConfig, vae: VAEConfig) ->
     return ResolvedRequest(**(image if request.num_frames == 1 else {}) | asked)
 
 
+def _is_whole(value: Any, least: int = 0) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def _is_finite(value: Any, above: float) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and above < value <= sys.float_info.max  # type: ignore
+
+
 def _check_types(request: Request) -> None:
     """Each value by itself."""
     for name in ("prompt", "negative_prompt"):
         value = getattr(request, name)
         if not isinstance(value, str) and not (value is None and name == "negative_prompt"):
             raise InputError(f"{name}: a string is expected, not {type(value).__name__}")
+        if value and not value.isascii() and value.encode(errors="ignore").decode() != value:
+            raise InputError(f"{name}: it holds bytes that are no text; UTF-8 is expected")
     at_least = {"num_frames": 1, "height": 1, "width": 1, "num_inference_steps": 1, "steps_per_call": 1, "seed": 0}
     for name, least in at_least.items():
         value = getattr(request, name)
-        if value is None and name == "num_inference_steps":
-            continue
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        if not _is_whole(value, least) and not (value is None and name == "num_inference_steps"):
             raise InputError(f"{name}={value!r}: a whole number of at least {least} is expected")
     if request.seed >= 2**32:
         raise InputError(f"seed={request.seed}: it must be below 2^32 = {2**32}")
     for name, above in {"fps": 0.0, "flow_shift": 0.0, "guidance_scale": -math.inf}.items():
         value = getattr(request, name)
-        if value is None and name != "fps":
-            continue
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not above < float(value) < math.inf:
+        if not _is_finite(value, above) and not (value is None and name != "fps"):
             raise InputError(f"{name}={value!r}: a finite number{' above 0' if above == 0 else ''} is expected")
     choices = {
         "sigmas": GRIDS,
@@ -115,8 +122,9 @@ def _check_types(request: Request) -> None:
         "condition_video_keep": ("first", "last"),
     }
     for name, allowed in choices.items():
-        if getattr(request, name) not in allowed:
-            raise InputError(f"{name}={getattr(request, name)!r}: one of {', '.join(allowed)} is expected")
+        value = getattr(request, name)
+        if not isinstance(value, str) or value not in allowed:
+            raise InputError(f"{name}={value!r}: one of {', '.join(allowed)} is expected")
 
 
 def _check_sizes(request: Request, vae: VAEConfig) -> None:
@@ -145,7 +153,7 @@ def _check_given(request: Request, vae: VAEConfig) -> None:
         return
     indexes = request.condition_frame_indexes_vision
     listed = isinstance(indexes, Sequence | np.ndarray) and len(indexes) > 0
-    if not listed or not all(isinstance(i, numbers.Integral) and i >= 0 for i in indexes):
+    if not listed or not all(map(_is_whole, indexes)):
         raise InputError(f"condition_frame_indexes_vision={indexes!r}: latent frames are expected, such as [0, 1]")
     latent_frames = vae.latent_shape(request.num_frames, request.height, request.width)[0]
     if max(indexes) >= latent_frames:

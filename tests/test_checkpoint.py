@@ -238,6 +238,12 @@ def test_all_faults_at_once_before_anything_is_read(folder, monkeypatch):
     ]
 
 
+def test_tensors_that_are_no_floats_are_named(folder):
+    edit(folder, "vae", lambda tensors: tensors | {"decoder.conv_in.bias": np.ones(48, np.int8)})
+    with pytest.raises(InputError, match=r"of another kind: decoder.conv_in.bias is I8"):
+        weights(folder)
+
+
 # Where it is
 
 

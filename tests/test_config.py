@@ -122,3 +122,28 @@ def test_other_divisions_are_refused(config, tp, message):
     with pytest.raises(InputError) as error:
         config.check_tensor_parallel(tp)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        (TransformerConfig, "hidden_size", "64"),
+        (TransformerConfig, "hidden_size", 64.0),
+        (TransformerConfig, "qk_norm_for_text", 1),
+        (TransformerConfig, "rope_axes_dim", 24),
+        (VAEConfig, "dim_mult", {"0": 1}),
+        (SchedulerConfig, "num_train_timesteps", "1000"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(kind, key, value):
+    with pytest.raises(InputError, match=f"json: {key}={re.escape(repr(value))} is not of the type of"):
+        kind.from_json({"is_residual": True, key: value})
+
+
+def test_parts_that_do_not_fit_are_refused():
+    with pytest.raises(InputError, match="num_key_value_heads=3 does not divide num_attention_heads=32"):
+        TransformerConfig.from_json({"num_key_value_heads": 3})
+    with pytest.raises(InputError, match=r"rope_axes_dim=\[24, 40\] should be slots of t, h, w"):
+        TransformerConfig.from_json({"rope_axes_dim": [24, 40]})
+    with pytest.raises(InputError, match="latents_mean and latents_std should have z_dim=48 values"):
+        VAEConfig.from_json({"is_residual": True, "latents_mean": [0.0]})

@@ -135,23 +135,27 @@ def test_floats_below_zero_are_taken_as_they_are():
 )
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_arrays_of_another_shape_are_refused(fit, what, shape, dtype):
-    with pytest.raises(InputError, match=rf"^{what}: an array of shape .* expected, not \[{', '.join(map(str, shape))}\]$"):
+    with pytest.raises(
+        InputError, match=rf"^{what}: pictures, or an array .* expected, not \[{', '.join(map(str, shape))}\] of "
+    ):
         fit(np.zeros(shape, dtype), 16, 16)
 
 
 @pytest.mark.parametrize(
-    "clip", [[], [noise(8, 6), noise(9, 6)], [Image.new("RGB", (6, 8)), noise(9, 6)]], ids=["empty", "arrays", "mixed"]
+    "clip",
+    [[], [noise(8, 6), noise(9, 6)], [Image.new("RGB", (6, 8)), noise(9, 6)], Image.new("RGB", (6, 8)), 7],
+    ids=["empty", "arrays", "mixed", "picture", "number"],
 )
 def test_lists_that_are_no_clip_are_refused(clip):
     with pytest.raises(InputError, match=r"^video: "):
         media.fit_clip(clip, 16, 16)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_arrays_that_are_not_finite_are_refused(value):
-    with pytest.raises(InputError, match=r"^image: .*NaN or infinity"):
+@pytest.mark.parametrize("value", [np.nan, np.inf, 256.0])
+def test_arrays_of_other_values_are_refused(value):
+    with pytest.raises(InputError, match=r"^image: values in \[0, 1\] or \[0, 255\] are expected"):
         media.fit_image(np.full((8, 6, 3), value), 16, 16)
-    with pytest.raises(InputError, match=r"^video: .*finite floats in \[0, 1\]"):
+    with pytest.raises(InputError, match=r"^video: .*floats in \[0, 1\] or \[-1, 1\]"):
         media.fit_clip(np.full((2, 8, 6, 3), value), 16, 16)
 
 
@@ -266,7 +270,9 @@ def test_a_picture_that_is_read_back(tmp_path, name, error):
         ("a.txt", 1, "1 frame can be written as .mp4, .png, .jpg, .jpeg, .webp"),
         ("a", 1, "1 frame can be written as"),
         ("no/a.mp4", 5, "the folder .*no does not exist; create it first"),
-        ("folder.mp4", 5, "cannot be written there"),
+        ("folder.mp4", 5, "no file can be written there"),
+        ("a" * 300 + ".mp4", 5, "no file can be written there"),
+        ("a\0.mp4", 5, "no file can be written there"),
     ],
 )
 def test_where_nothing_can_be_written(tmp_path, name, count, reason):

@@ -144,3 +144,10 @@ def test_karras_says_that_flow_shift_has_no_effect():
     with pytest.warns(UserWarning, match=r'^flow_shift=5.0 has no effect with sigmas="karras"$'):
         ask(sigmas="karras", flow_shift=5.0)
     ask(sigmas="karras")  # nothing to say: a warning would be an error here
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_bytes_that_are_no_text_are_refused(name):
+    with pytest.raises(InputError, match=f"^{name}: it holds bytes that are no text"):
+        ask(**{name: "caf\udce9"})
+    assert getattr(ask(**{name: "café 漢字 🙂"}), name) == "café 漢字 🙂"
