@@ -80,3 +80,9 @@ def test_timesteps_are_told_apart():
     # 1/1000 apart after scaling: float32 keeps them distinct, bf16 would not.
     embed = filled(TimestepEmbedding(TINY))
     assert np.abs(embed(jnp.float32(999)) - embed(jnp.float32(998))).max() > 1e-4
+
+
+def test_timesteps_are_float32_on_gpus_too():
+    # Told to the compiler, since only a GPU would round otherwise.
+    embed = filled(TimestepEmbedding(TINY))
+    assert jax.jit(lambda t: embed(t)).lower(jnp.float32(999)).as_text().count("precision = [HIGHEST, HIGHEST]") == 2

@@ -74,7 +74,8 @@ class TimestepEmbedding(nnx.Module):
         frequency_E = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
         angle_E = timestep.astype(jnp.float32) * self.scale * frequency_E
         wave_E = jnp.concatenate([jnp.cos(angle_E), jnp.sin(angle_E)])
-        return self.w_out[...] @ jax.nn.silu(self.w_in[...] @ wave_E + self.b_in[...]) + self.b_out[...]
+        product = functools.partial(jnp.matmul, precision="highest")  # else GPUs round float32 to TF32, 10 bits
+        return product(self.w_out[...], jax.nn.silu(product(self.w_in[...], wave_E) + self.b_in[...])) + self.b_out[...]
 
 
 def rotate(x_BQNH: jax.Array, rotary: Rotary) -> jax.Array:
@@ -103,7 +104,8 @@ def attention(q_BQNH: jax.Array, k_BMKH: jax.Array, v_BMKH: jax.Array, length_B:
 
 
 def _cudnn_can(q: jax.Array) -> bool:
-    return jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+    head_dim = q.shape[-1]
+    return jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
 
 
 def cudnn_attention(q_BQNH, k_BMKH, v_BMKH, length_B, *, causal: bool):
