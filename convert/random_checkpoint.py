@@ -11,8 +11,9 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -55,7 +56,7 @@ def write_checkpoint(
     vae: VAEConfig = TINY_VAE,
     *,
     seed: int = 0,
-    dtype: type = np.float32,
+    dtype: Any = np.float32,
     shards: int = 1,
 ) -> Path:
     """Fills `folder` with configs, the built-in tokenizer and random weights, the transformer's in `shards` files."""
@@ -73,10 +74,10 @@ def write_checkpoint(
 
 def transformer_shapes(config: TransformerConfig) -> Shapes:
     """Every published tensor of the transformer, also those that generation does not read."""
-    und, gen, _ = abstract_networks(config, TINY_VAE, make_mesh(), "float32")
+    networks = abstract_networks(config, TINY_VAE, make_mesh(), "float32")
     layers = config.num_hidden_layers
-    shapes = file_shapes(und.weights, file_names(UND_NAMES, und.weights, layers))
-    shapes |= file_shapes(gen.weights, file_names(GEN_NAMES, gen.weights, layers))
+    shapes = file_shapes(networks.und, file_names(UND_NAMES, networks.und, layers))
+    shapes |= file_shapes(networks.gen, file_names(GEN_NAMES, networks.gen, layers))
     D, V = config.hidden_size, config.vocab_size
     elsewhere = {"lm_head.weight": (V, D), "norm.weight": (D,)}
     if config.sound_gen:
@@ -112,11 +113,11 @@ def _action_shapes(D: int, size: int, domains: int) -> Shapes:
 
 def vae_shapes(config: VAEConfig) -> Shapes:
     """Every published tensor of the VAE."""
-    vae = abstract_networks(TINY, config, make_mesh(), "float32")[2]
-    return file_shapes(vae.weights, vae_file_names(vae.weights))
+    vae = abstract_networks(TINY, config, make_mesh(), "float32").vae
+    return file_shapes(vae, vae_file_names(vae))
 
 
-def _random(shapes: Shapes, random: np.random.RandomState, dtype: type) -> dict[str, np.ndarray]:
+def _random(shapes: Shapes, random: np.random.RandomState, dtype: Any) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for name, shape in sorted(shapes.items()):
         noise = random.standard_normal(shape)
@@ -199,7 +200,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.tokenizer:
         write_tokenizer(arguments.out / "text_tokenizer")
-    write_checkpoint(arguments.out, seed=arguments.seed, dtype=ml_dtypes.bfloat16)
+    write_checkpoint(arguments.out, seed=arguments.seed, dtype=jnp.bfloat16)
     print(f"wrote {arguments.out}")
 
 

@@ -12,11 +12,10 @@ from typing import Any, Self
 
 import jax
 import numpy as np
-from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from cosmos3_jax.config import InputError, SchedulerConfig, TransformerConfig, VAEConfig
-from cosmos3_jax.weights import Weight, audit, by_path, is_stacked, map_weights
+from cosmos3_jax.weights import Network, Weight, audit, by_path, is_stacked, map_weights
 
 BUILT_IN = Path(__file__).parent / "tiny"
 FOLDERS = ("transformer", "vae", "scheduler", "text_tokenizer")
@@ -105,7 +104,7 @@ def locate(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["model_index.json", "assets/*.json", *(f"{folder}/*" for folder in FOLDERS)]
+    wanted = ["model_index.json", "assets/*.json", *(f"{part}/*" for part in FOLDERS)]
     try:
         return Path(snapshot_download(str(path), allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -128,19 +127,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def file_names(table: Mapping[str, str], tree: nnx.State, num_layers: int) -> dict[str, list[str]]:
+def file_names(table: Mapping[str, str], tower: Network, num_layers: int) -> dict[str, list[str]]:
     """The tensors in the file of each weight of a tower: one, or one for each layer."""
     names = {}
-    for path, w in by_path(tree).items():
+    for path, w in by_path(tower.weights).items():
         template = table[path.replace("last.", "layers.keys_values.")]
         layers = range(w.shape[0]) if is_stacked(w) else [num_layers - 1]
         names[path] = [template.format(layer) for layer in layers]
     return names
 
 
-def vae_file_names(tree: nnx.State) -> dict[str, list[str]]:
+def vae_file_names(vae: Network) -> dict[str, list[str]]:
     """The tensor in the file of each weight of the VAE."""
-    names = {path: path for path in by_path(tree)}
+    names = {path: path for path in by_path(vae.weights)}
     for part, in_file in VAE_NAMES.items():
         names = {path: name.replace(part, in_file) for path, name in names.items()}
     return {path: [name] for path, name in names.items()}
@@ -166,9 +165,9 @@ class TensorFolder:
     """The tensors of one folder, in one safetensors file or in several with an index."""
 
     def __init__(self, folder: Path):
-        name = "diffusion_pytorch_model.safetensors"
-        index = folder / f"{name}.index.json"
-        files = [folder / name]
+        single = folder / "diffusion_pytorch_model.safetensors"
+        index = folder / f"{single.name}.index.json"
+        files = [single]
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -180,26 +179,30 @@ class TensorFolder:
                 handle = safe_open(file, "numpy")
             except (OSError, SafetensorError) as error:
                 raise InputError(f"{file}: not a safetensors file that can be read ({error})") from error
+            twice = sorted(self._file_of.keys() & set(handle.keys()))
+            if twice:
+                raise InputError(f"{file}: also in another file of the folder: {', '.join(twice)}")
             self._file_of |= dict.fromkeys(handle.keys(), handle)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, from the files' headers alone."""
         return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._file_of.items()}
 
-    def other_kinds(self) -> list[str]:
-        """The tensors that are not stored as floats of 16 or 32 bits."""
+    def odd_kinds(self) -> list[str]:
+        """The tensors that are not stored as floats of 16 or 32 bits, a line each."""
         kinds = {name: file.get_slice(name).get_dtype() for name, file in self._file_of.items()}
-        return [f"{name} is {kind}" for name, kind in sorted(kinds.items()) if kind not in ("F32", "BF16", "F16")]
+        odd = {name: kind for name, kind in sorted(kinds.items()) if kind not in ("F32", "BF16", "F16")}
+        return [f"odd kind: {name} is {kind}, expected F32, BF16 or F16" for name, kind in odd.items()]
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, as it is stored."""
         return self._file_of[name].get_tensor(name)
 
 
-def load(checkpoint: Checkpoint, und: nnx.State, gen: nnx.State, vae: nnx.State) -> tuple[nnx.State, nnx.State, nnx.State]:
-    """Arrays for the abstract trees of the three networks.
+def load(checkpoint: Checkpoint, und: Network, gen: Network, vae: Network) -> tuple[Network, Network, Network]:
+    """The three abstract networks with arrays for weights.
 
-    Raises InputError, before anything is read, with every tensor that is missing, unexpected or misshapen.
+    Raises InputError, before anything is read, with every tensor that is missing, unexpected, misshapen or not of floats.
     """
     layers = checkpoint.transformer.num_hidden_layers
     und_names, gen_names = file_names(UND_NAMES, und, layers), file_names(GEN_NAMES, gen, layers)
@@ -208,9 +211,12 @@ def load(checkpoint: Checkpoint, und: nnx.State, gen: nnx.State, vae: nnx.State)
     wanted = file_shapes(und, und_names) | file_shapes(gen, gen_names)
     problems = [f"transformer: {line}" for line in audit(wanted, towers.shapes(), unused_tensors(checkpoint.transformer))]
     problems += [f"vae: {line}" for line in audit(file_shapes(vae, vae_names), autoencoder.shapes(), ())]
-    problems += [f"of another kind: {line}" for files in (towers, autoencoder) for line in files.other_kinds()]
+    problems += [
+        f"{part}: {line}" for part, files in (("transformer", towers), ("vae", autoencoder)) for line in files.odd_kinds()
+    ]
     if problems:
-        raise InputError(f"{checkpoint.folder}: {len(problems)} tensors do not fit the configs\n  " + "\n  ".join(problems))
+        listing = "\n  ".join(problems)
+        raise InputError(f"{checkpoint.folder}: {len(problems)} faults in the tensors\n  {listing}")
     return (
         read_weights(und, und_names, towers),
         read_weights(gen, gen_names, towers),
@@ -218,24 +224,24 @@ def load(checkpoint: Checkpoint, und: nnx.State, gen: nnx.State, vae: nnx.State)
     )
 
 
-def file_shapes(tree: nnx.State, names: Mapping[str, list[str]]) -> dict[str, tuple[int, ...]]:
-    """What a file must hold for an abstract tree: shapes by tensor name."""
-    return {name: w.file_shape for path, w in by_path(tree).items() for name in names[path]}
+def file_shapes(network: Network, names: Mapping[str, list[str]]) -> dict[str, tuple[int, ...]]:
+    """What a file must hold for a network: shapes by tensor name."""
+    return {name: w.file_shape for path, w in by_path(network.weights).items() for name in names[path]}
 
 
-def read_weights(tree: nnx.State, names: Mapping[str, list[str]], files: TensorFolder) -> nnx.State:
-    """Arrays for an abstract tree: each weight read, laid out, cast and placed on its devices, one after the other."""
+def read_weights(network: Network, names: Mapping[str, list[str]], files: TensorFolder) -> Network:
+    """An abstract network filled: each weight read, laid out, cast and placed on its devices, one after the other."""
 
     def fill(path: str, w: Weight) -> jax.Array:
         tensors = [arrange(files.read(name), w) for name in names[path]]
         value = (tensors[0] if len(tensors) == 1 else np.array(tensors, w.dtype)).reshape(w.shape)
         return jax.make_array_from_callback(w.shape, w.get_value().sharding, lambda index: value[index])
 
-    return map_weights(fill, tree)
+    return Network(network.graph, map_weights(fill, network.weights))
 
 
 def arrange(tensor: np.ndarray, w: Weight) -> np.ndarray:
-    """A tensor of a file in its weight's own layout and dtype: a view, but for the VAE's convolutions.
+    """A tensor of a file in its weight's own layout and dtype: a view, unless it is a convolution or changes its dtype.
 
     A convolution is stored [out, in, (time,) height, width] and used as [height, width, (time x) in, out].
     """

@@ -1,7 +1,7 @@
 """The command line: `python -m cosmos3_jax.generate --prompt "a red ball rolls to the right" --out ball.mp4`.
 
-Flags are the words of `Request` with dashes. Wrong input is one sentence on stderr and exit code 2, before any weight is
-loaded and with no file left behind. The last line on stdout is a JSON object.
+Flags are the fields of `Request` with dashes (but `--steps` and `--sound`). Wrong input is one sentence on stderr and exit code
+2, before any weight is loaded and with no file left behind. The last line on stdout is a JSON object.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     """Checks everything, loads, generates, writes, and tells."""
     checkpoint = Checkpoint.open(BUILT_IN if arguments.checkpoint is None else arguments.checkpoint)
     request = resolve(_request(arguments), checkpoint.transformer, checkpoint.vae)
-    out = Path(arguments.out or ("cosmos3.png" if request.clip.is_image else "cosmos3.mp4"))
+    out = Path(arguments.out or ("cosmos3.png" if request.metadata.is_image else "cosmos3.mp4"))
     media.check_writable(out, request.num_frames)
     request = open_media(request, checkpoint.vae)
     mesh = make_mesh(arguments.cfg, arguments.tp)
@@ -85,7 +85,7 @@ def _request(arguments: argparse.Namespace) -> Request:
 
 
 def _settings(request: ResolvedRequest) -> dict[str, object]:
-    """The resolved request as JSON has it: pictures by their size, nothing that was not asked for."""
+    """The resolved request as JSON has it: images by their size, and only what applies."""
     settings: dict[str, object] = {}
     for field in dataclasses.fields(request):
         value = getattr(request, field.name)

@@ -1,8 +1,8 @@
 """Images and clips between files and arrays. The only file that imports imageio.
 
-Conditioning pictures are prepared as diffusers 0.42.1 does it, to the bit where that matters: one flipped uint8 moves the
-latents by more than a float32 port otherwise errs. Files are written beside their place and renamed into it, so that what is
-there is whole.
+Conditioning images are prepared as diffusers 0.42.1 does it, to the bit: one uint8 that rounds the other way moves the latents
+more than all our other float32 differences. Files are written under a temporary name and then renamed, so none is ever half
+written.
 """
 
 import collections
@@ -29,7 +29,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """The picture in a file, upright (EXIF applied). Raises InputError if it is none."""
+    """The image in a file as RGB, upright (EXIF applied). Raises InputError if it cannot be read."""
     try:
         with Image.open(path) as file:
             # a palette may have transparency, and Pillow warns where that would be lost
@@ -38,11 +38,11 @@ def open_image(path: str | Path) -> Image.Image:
     except FileNotFoundError as error:
         raise InputError(f"image {path}: there is no such file") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a damaged PNG
-        raise InputError(f"image {path}: not an image that can be read; PNG, JPEG and WebP are ({error})") from error
+        raise InputError(f"image {path}: not a readable image; PNG, JPEG or WebP is expected ({error})") from error
 
 
 def open_clip(path: str | Path, count: int, keep: str = "first") -> list[Image.Image]:
-    """The first or last `count` frames of a video file. Raises InputError if it is none."""
+    """The first or last `count` frames of a video file. Raises InputError if it cannot be read."""
     if not Path(path).is_file():
         raise InputError(f"video {path}: there is no such file")
     try:
@@ -51,25 +51,25 @@ def open_clip(path: str | Path, count: int, keep: str = "first") -> list[Image.I
             chosen = itertools.islice(frames, count) if keep == "first" else collections.deque(frames, count)
             clip = [Image.fromarray(frame) for frame in chosen]
     except (OSError, ValueError, RuntimeError, IndexError, StopIteration) as error:
-        raise InputError(f"video {path}: not a video that can be read; MP4 with H.264 is") from error
+        raise InputError(f"video {path}: not a readable video; MP4 with H.264 is expected") from error
     if not clip:
         raise InputError(f"video {path}: it has no frames")
     return clip
 
 
 def fit_image(image: Image.Image | np.ndarray, height: int, width: int) -> np.ndarray:
-    """The picture covering height x width, cropped at its centre: float32 [height, width, 3] in [-1, 1].
+    """The image covering height x width, cropped at its centre: float32 [height, width, 3] in [-1, 1].
 
     Arrays are [h, w, 3]: integers in [0, 255]; floats in [-1, 1] if any is negative, in [0, 1] if none is above 1, else in
-    [0, 255]. Source: diffusers 0.42.1, `_preprocess_conditioning_image`.
+    [0, 255]. Raises InputError for other values. Source: diffusers 0.42.1, `_preprocess_conditioning_image`.
     """
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGB"))
     pixels = _array("image", image, "[height, width, 3]")
     is_float = pixels.dtype.kind == "f"
     pixels = pixels.astype(np.float32)
-    if not np.isfinite(pixels).all() or np.abs(pixels).max() > 255:
-        raise InputError("image: values in [0, 1] or [0, 255] are expected; the array has others")
+    if not np.isfinite(pixels).all() or pixels.max() > 255 or pixels.min() < (-1 if is_float else 0):
+        raise InputError("image: integers in [0, 255], or floats in [0, 1], [-1, 1] or [0, 255], are expected")
     if is_float and pixels.min() < 0:
         pixels = (pixels + 1) * np.float32(127.5)
     elif is_float and pixels.max() <= 1:
@@ -85,7 +85,7 @@ def fit_image(image: Image.Image | np.ndarray, height: int, width: int) -> np.nd
 def resize(x: np.ndarray, size: int, axis: int) -> np.ndarray:
     """One axis of a float32 array at another size, bilinear and antialiased, with torch's rounding.
 
-    Pillow has this filter too, but its tables differ: of a 481x722 picture 864 values then round to another uint8. Here a
+    Pillow has this filter too, but its tables differ: of a 481x722 image 864 values then round to another uint8. Here a
     product is added to a sum before rounding to float32, as torch's compiled loop does (a fused multiply-add).
     Source: torch 2.13, aten/src/ATen/native/cpu/UpSampleKernel.cpp.
     """
@@ -113,7 +113,7 @@ def resize(x: np.ndarray, size: int, axis: int) -> np.ndarray:
 def fit_clip(frames: Sequence[Image.Image] | np.ndarray, height: int, width: int, part: slice = slice(None)) -> np.ndarray:
     """Part of a clip, stretched to height x width: float32 [t, height, width, 3] in [-1, 1].
 
-    Pictures (and uint8 arrays, taken as pictures) are resized by Pillow, bilinear. Float arrays are in [0, 1], or in [-1, 1]
+    Images (and uint8 arrays, taken as images) are resized by Pillow, bilinear. Float arrays are in [0, 1], or in [-1, 1]
     if any value of the whole clip is negative, and take their nearest pixels. Source: diffusers 0.42.1,
     `VideoProcessor.preprocess_video`. Unlike diffusers: uint8 arrays mean [0, 255]; there they would be taken for [0, 1].
     """
@@ -123,7 +123,7 @@ def fit_clip(frames: Sequence[Image.Image] | np.ndarray, height: int, width: int
         return 2 * unit - 1
     array = _array("video", frames, "[frames, height, width, 3]")
     if array.dtype == np.uint8:
-        return fit_clip([Image.fromarray(frame) for frame in array[part]], height, width)
+        return fit_clip(images(array[part]), height, width)
     if array.dtype.kind != "f" or not np.isfinite(array).all() or np.abs(array).max() > 1:
         raise InputError("video: an array of uint8, or of floats in [0, 1] or [-1, 1], is expected")
     rows, columns = (
@@ -142,16 +142,22 @@ def _array(what: str, value: Any, shape: str) -> np.ndarray:
         array = np.asarray(None)
     if array.ndim != shape.count(",") + 1 or array.shape[-1] != 3 or 0 in array.shape or array.dtype.kind not in "uif":
         raise InputError(
-            f"{what}: pictures, or an array of shape {shape}, are expected, not {list(array.shape)} of {array.dtype}"
+            f"{what}: PIL images, or an array of shape {shape}, are expected, not {list(array.shape)} of {array.dtype}"
         )
     return array
+
+
+def images(frames: np.ndarray) -> list[Image.Image]:
+    """uint8 frames [t, h, w, 3] as PIL images."""
+    return [Image.fromarray(frame) for frame in frames]
 
 
 def check_writable(path: Path, num_frames: int) -> None:
     """Raises InputError unless `path` can become a file for this many frames."""
     suffixes = VIDEO_SUFFIXES + IMAGE_SUFFIXES if num_frames == 1 else VIDEO_SUFFIXES
     if path.suffix.lower() not in suffixes:
-        raise InputError(f"{path}: {num_frames} frame{'s'[: num_frames > 1]} can be written as {', '.join(suffixes)}")
+        what = "one frame" if num_frames == 1 else f"{num_frames} frames"
+        raise InputError(f"{path}: {what} cannot be written as {path.suffix or 'that'}; use {', '.join(suffixes)}")
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder {path.parent} does not exist; create it first")
     try:

@@ -2,7 +2,7 @@
 
     prompt.tokenize -> positions.layout -> media, VAE.encode -> UndTower.prefill -> sampler.denoise -> VAE.decode
 
-Networks cross the jit boundary as a graph, which is static, and a tree of arrays placed on the mesh.
+What is jitted are plain functions of networks (weights.py) and arrays.
 """
 
 import contextlib
@@ -10,109 +10,99 @@ import dataclasses
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
-from PIL import Image
 from tqdm import tqdm
 
-from cosmos3_jax import checkpoint as disk
-from cosmos3_jax import media, positions, prompt, sampler
+from cosmos3_jax import media, positions, sampler
 from cosmos3_jax.axes import make_mesh, sharding
-from cosmos3_jax.checkpoint import Checkpoint
+from cosmos3_jax.checkpoint import Checkpoint, load
 from cosmos3_jax.config import InputError, TransformerConfig, VAEConfig
-from cosmos3_jax.models import vae as vae_module
 from cosmos3_jax.models.layers import Rotary
 from cosmos3_jax.models.transformer import GenTower, Prefix, UndTower
-from cosmos3_jax.models.vae import VAE
+from cosmos3_jax.models.vae import VAE, uint8, unit
+from cosmos3_jax.prompt import load_tokenizer, pad, system_prompt, texts, tokenize
 from cosmos3_jax.request import Request, ResolvedRequest, resolve
-from cosmos3_jax.weights import by_path, split
+from cosmos3_jax.weights import Network, by_path, split
 
 DTYPES = ("float32", "bfloat16")
 
 
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A network as jit takes it: the graph is static, the weights are data."""
+class Networks(NamedTuple):
+    """The three networks of a checkpoint."""
 
-    graph: nnx.GraphDef
-    weights: nnx.State
-
-
-def abstract_networks(transformer: TransformerConfig, vae: VAEConfig, mesh: Mesh, dtype: str) -> tuple[Network, ...]:
-    """The und tower, the gen tower and the VAE with shapes for weights: nothing is allocated."""
-    return tuple(
-        Network(*split(network, mesh, jnp.dtype(dtype))) for network in (UndTower(transformer), GenTower(transformer), VAE(vae))
-    )
+    und: Network
+    gen: Network
+    vae: Network
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def prefill(graph: nnx.GraphDef, weights: nnx.State, ids_BS: Any, length_B: Any, rotary: Rotary) -> Prefix:
+def abstract_networks(transformer: TransformerConfig, vae: VAEConfig, mesh: Mesh, dtype: str) -> Networks:
+    """The networks with shapes for weights: nothing is allocated."""
+    modules = UndTower(transformer), GenTower(transformer), VAE(vae)
+    return Networks(*(split(module, mesh, jnp.dtype(dtype)) for module in modules))
+
+
+@jax.jit
+def prefill(und: Network, ids_BS: Any, length_B: Any, rotary: Rotary) -> Prefix:
     """`UndTower.prefill`, compiled."""
-    return nnx.merge(graph, weights).prefill(ids_BS, length_B, rotary)
+    return und.merge().prefill(ids_BS, length_B, rotary)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def encode(graph: nnx.GraphDef, weights: nnx.State, frames_thwc: Any) -> jax.Array:
+@jax.jit
+def encode(vae: Network, frames_thwc: Any) -> jax.Array:
     """`VAE.encode`, compiled."""
-    return nnx.merge(graph, weights).encode(frames_thwc)
+    return vae.merge().encode(frames_thwc)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def decode(graph: nnx.GraphDef, weights: nnx.State, latents_thwc: jax.Array, finish: Callable) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=2)
+def decode(vae: Network, latents_thwc: Any, finish: Callable) -> jax.Array:
     """`VAE.decode`, compiled."""
-    return nnx.merge(graph, weights).decode(latents_thwc, finish)
+    return vae.merge().decode(latents_thwc, finish)
 
 
-@dataclasses.dataclass(frozen=True)
-class GenVelocity:
-    """`GenTower.velocity` as the sampler calls it; equal graphs are one function to jit."""
-
-    graph: nnx.GraphDef
-
-    def __call__(self, inputs: tuple, x_thwc: jax.Array, timestep: jax.Array, noisy_t: jax.Array) -> jax.Array:
-        weights, rotary, prefix = inputs
-        return nnx.merge(self.graph, weights).velocity(x_thwc, timestep, noisy_t, rotary, prefix)
+def velocity(inputs: tuple[Network, Rotary, Prefix], x_thwc: Any, timestep: Any, is_given_t: Any) -> jax.Array:
+    """`GenTower.velocity`, as the sampler calls it."""
+    gen, rotary, prefix = inputs
+    return gen.merge().velocity(x_thwc, timestep, is_given_t, rotary, prefix)
 
 
 @dataclasses.dataclass
 class Result:
     """What a request made."""
 
-    video: Any  # float32 [t, h, w, 3] in [0, 1], a list of PIL images, or normalized latents float32 [1, C, t, h, w]
+    video: Any  # float32 [t, h, w, 3] in [0, 1], a list of PIL images, or normalized latents float32 [1, c, t, h, w]
     fps: float
     seconds: dict[str, float]  # by stage
     sound: np.ndarray | None = None  # not in this version
     sample_rate: int | None = None  # not in this version
 
     def save(self, path: str | Path) -> None:
-        """Writes an .mp4, or a .png, .jpg or .webp of a single frame. Raises InputError where that cannot be."""
+        """Writes an .mp4, or a .png, .jpg or .webp of a single frame. Raises InputError if it cannot be written."""
         if isinstance(self.video, list):
-            frames = np.stack([np.asarray(frame) for frame in self.video])
+            frames = np.stack(self.video)
         elif self.video.ndim == 4:
             frames = np.round(np.clip(self.video, 0, 1) * 255).astype(np.uint8)
         else:
-            raise InputError(f'{path}: latents are no frames; ask for output_type="np" or "pil"')
+            raise InputError(f'{path}: latents cannot be saved as frames; ask for output_type="np" or "pil"')
         media.write(Path(path), frames, self.fps)
 
 
 class Cosmos3Pipeline:
     """A checkpoint on a mesh, ready to generate."""
 
-    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, mesh: Mesh, networks: Sequence[Network]):
-        self.checkpoint, self.tokenizer, self.mesh = checkpoint, tokenizer, mesh
-        self.und, self.gen, self.vae = networks
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, mesh: Mesh, networks: Networks):
+        self.checkpoint, self.tokenizer, self.mesh, self.networks = checkpoint, tokenizer, mesh, networks
 
     @property
     def dtype(self) -> str:
         """Of weights and activations; the timestep embedding and the sampler are float32 in any case."""
-        return by_path(self.gen.weights)["w_in"].dtype.name
+        return by_path(self.networks.gen.weights)["w_in"].dtype.name
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, mesh: Mesh | None = None, dtype: str | None = None) -> Self:
@@ -128,11 +118,9 @@ class Cosmos3Pipeline:
         if dtype not in DTYPES:
             raise InputError(f"dtype={dtype!r}: one of {', '.join(DTYPES)} is expected")
         checkpoint.transformer.check_tensor_parallel(mesh.shape["tp"])
-        tokenizer = prompt.load_tokenizer(checkpoint.folder / "text_tokenizer")
+        tokenizer = load_tokenizer(checkpoint.folder / "text_tokenizer")
         networks = abstract_networks(checkpoint.transformer, checkpoint.vae, mesh, dtype)
-        trees = disk.load(checkpoint, *(network.weights for network in networks))
-        loaded = [Network(network.graph, tree) for network, tree in zip(networks, trees, strict=True)]
-        return cls(checkpoint, tokenizer, mesh, loaded)
+        return cls(checkpoint, tokenizer, mesh, Networks(*load(checkpoint, *networks)))
 
     def __call__(
         self,
@@ -145,7 +133,7 @@ class Cosmos3Pipeline:
     ) -> Result:
         """Generates. `settings` are the other fields of `Request`: image, video, num_frames, height, width, fps, seed, …
 
-        `callback_on_step_end(step, timestep, latents [1, C, t, h, w])` may return new latents, or False to end the run after
+        `callback_on_step_end(step, timestep, latents [1, c, t, h, w])` may return new latents, or False to end the run after
         this step; with `steps_per_call` > 1 it is called for the last step of each call. Raises InputError for a value that
         cannot be used.
         """
@@ -166,11 +154,11 @@ class Cosmos3Pipeline:
             with _timed(seconds, "encode"):
                 given = self._encode_given(request)
             with _timed(seconds, "prefill"):
-                prefix = jax.block_until_ready(prefill(self.und.graph, self.und.weights, ids_BS, length_B, text))
+                prefix = jax.block_until_ready(prefill(self.networks.und, ids_BS, length_B, text))
             with _timed(seconds, "denoise"), _progress_bar(request, progress) as on_progress:
                 latents = sampler.denoise(
-                    GenVelocity(self.gen.graph),
-                    (self.gen.weights, vision, prefix),
+                    velocity,
+                    (self.networks.gen, vision, prefix),
                     self._put(self._noise(request)),
                     given,
                     steps,
@@ -184,23 +172,18 @@ class Cosmos3Pipeline:
 
     def _tokenize(self, request: ResolvedRequest) -> tuple[np.ndarray, np.ndarray]:
         """(ids_BS, length_B) of the branches."""
-        system = None
-        if request.prompt_style == "diffusers":
-            texts = prompt.diffusers_texts(request.prompt, request.negative_prompt, request.clip)
-            if self.checkpoint.use_system_prompt:
-                system = prompt.SYSTEM.format(kind="images" if request.clip.is_image else "videos")
-        else:
-            default = self.checkpoint.negative_prompt
-            texts = prompt.native_texts(request.prompt, request.negative_prompt, request.clip, default)
-        branches = texts if request.guided else texts[:1]
+        style, metadata = request.prompt_style, request.metadata
+        system = system_prompt(style, metadata, self.checkpoint.use_system_prompt)
+        both = texts(style, request.prompt, request.negative_prompt, metadata, self.checkpoint.negative_prompt)
+        branches = both if request.guided else both[:1]
         if self.mesh.shape["cfg"] == 2 and not request.guided:
             warnings.warn(
                 f"cfg=2 with guidance_scale={request.guidance_scale} (guidance is on above 1): half of the devices compute "
                 "nothing of use; cfg=1 and twice the tp is faster",
-                stacklevel=4,
+                stacklevel=2,
             )
-            branches = (texts[0], texts[0])
-        return prompt.pad([prompt.tokenize(self.tokenizer, text, system) for text in branches])
+            branches = both[:1] * 2
+        return pad([tokenize(self.tokenizer, text, system) for text in branches])
 
     def _rotary(self, request: ResolvedRequest, ids_BS: np.ndarray, length_B: np.ndarray) -> tuple[Rotary, Rotary]:
         """The rotary angles of text and of vision tokens."""
@@ -222,19 +205,19 @@ class Cosmos3Pipeline:
             frames = self._given_frames(request)
             is_given[list(request.condition_frame_indexes_vision)] = True
         if is_given.any():
-            encoded = np.asarray(encode(self.vae.graph, self.vae.weights, frames))
+            encoded = np.asarray(encode(self.networks.vae, frames))
             latents[: len(encoded)] = encoded
         return sampler.Given(*self._put((latents, is_given)))
 
     def _given_frames(self, request: ResolvedRequest) -> np.ndarray:
-        """What the last given latent frame sees of the clip (the encoder is causal); a clip too short is held at its end."""
+        """What the last given latent frame sees of the clip (the encoder is causal); a short clip repeats its last frame."""
         count = _frames_needed(request, self.checkpoint.vae)
         part = slice(count) if request.condition_video_keep == "first" else slice(-count, None)
         frames = media.fit_clip(request.video, request.height, request.width, part)
         return np.pad(frames, ((0, count - len(frames)), (0, 0), (0, 0), (0, 0)), mode="edge")
 
     def _noise(self, request: ResolvedRequest) -> np.ndarray:
-        """Float32 [t, h, w, C], the same on every mesh; as NVIDIA's framework draws it."""
+        """Float32 [t, h, w, c], the same on every mesh. Unlike diffusers: numpy's, as in NVIDIA's own framework."""
         if request.latents is not None:
             noise = np.asarray(request.latents, np.float32)
         else:
@@ -251,12 +234,11 @@ class Cosmos3Pipeline:
     def _decode(self, latents_thwc: jax.Array, output_type: str) -> Any:
         if output_type == "latent":
             return np.asarray(_public(latents_thwc))
-        finish = vae_module.unit if output_type == "np" else vae_module.uint8
-        frames = np.asarray(decode(self.vae.graph, self.vae.weights, latents_thwc, finish))
-        return frames if output_type == "np" else [Image.fromarray(frame) for frame in frames]
+        frames = np.asarray(decode(self.networks.vae, latents_thwc, unit if output_type == "np" else uint8))
+        return frames if output_type == "np" else media.images(frames)
 
     def _put(self, tree: Any) -> Any:
-        """Host arrays, whole on every device: placed as a step returns them, so that the second step finds its program."""
+        """Host arrays, whole on every device: placed as a step returns them, so that the second step compiles nothing."""
         return jax.device_put(tree, sharding(self.mesh, ""))
 
 
@@ -276,7 +258,7 @@ def _frames_needed(request: ResolvedRequest, vae: VAEConfig) -> int:
 
 
 def _public(latents_thwc: jax.Array) -> jax.Array:
-    """[t, h, w, C] as the interface has it, [1, C, t, h, w]."""
+    """[t, h, w, c] as the interface has it, [1, c, t, h, w]."""
     return jnp.moveaxis(latents_thwc, -1, 0)[None]
 
 

@@ -8,19 +8,19 @@ import numpy as np
 
 from cosmos3_jax.config import TransformerConfig
 
-Angles = tuple[np.ndarray, np.ndarray]  # cos and sin, float32 [B, tokens, H/2]
+CosSin = tuple[np.ndarray, np.ndarray]  # float32 [B, n, H/2] each, of n tokens
 
 
 def layout(
     config: TransformerConfig, length_B: np.ndarray, bucket: int, shape_thw: tuple[int, int, int], fps: float
-) -> tuple[Angles, Angles]:
-    """The angles of text tokens ([1, bucket, H/2], all branches alike) and of vision tokens ([B, G, H/2]).
+) -> tuple[CosSin, CosSin]:
+    """cos and sin of text tokens ([1, bucket, H/2], all branches alike) and of vision tokens ([B, G, H/2]).
 
     `length_B`: real text lengths; `shape_thw`: latent frames, rows, columns; `fps`: of the video.
     """
     starts = [int(length) + config.unified_3d_mrope_temporal_modality_margin for length in length_B]
     vision_B3G = np.stack([vision_ids(config, shape_thw, start, fps) for start in starts])
-    return angles(config, text_ids(bucket)[None]), angles(config, vision_B3G)
+    return cos_sin(config, text_ids(bucket)[None]), cos_sin(config, vision_B3G)
 
 
 def text_ids(length: int) -> np.ndarray:
@@ -44,8 +44,8 @@ def vision_ids(config: TransformerConfig, shape_thw: tuple[int, int, int], start
     return np.stack(np.meshgrid(frame + np.float32(start), row, column, indexing="ij")).reshape(3, -1)
 
 
-def angles(config: TransformerConfig, ids_B3T: np.ndarray) -> Angles:
-    """cos and sin of position x frequency, [B, T, H/2].
+def cos_sin(config: TransformerConfig, ids_B3n: np.ndarray) -> CosSin:
+    """cos and sin of position x frequency, [B, n, H/2].
 
     Slots go to the axes in turn (t, h, w, t, h, w, …) while h and w have slots left, then to t. Float32 here and on the
     device: bf16 cannot tell 15,000 from 15,001.
@@ -56,5 +56,5 @@ def angles(config: TransformerConfig, ids_B3T: np.ndarray) -> Angles:
         axis[dimension : 3 * config.rope_axes_dim[dimension] : 3] = dimension
     exponent = np.arange(slots, dtype=np.float64) / slots
     frequency = np.float32(1) / (config.rope_theta**exponent).astype(np.float32)
-    angle = np.moveaxis(ids_B3T[:, axis], 1, 2).astype(np.float32) * frequency
+    angle = np.moveaxis(ids_B3n[:, axis], 1, 2).astype(np.float32) * frequency
     return np.cos(angle), np.sin(angle)

@@ -25,8 +25,8 @@ RESOLUTION = "This {kind} is{no} of {height}x{width} resolution."
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip:
-    """What the prompt says about the output: frames, pixels, frames a second. One frame is an image."""
+class Metadata:
+    """What the prompt is told of the output: frames, pixels, frames a second. One frame is an image."""
 
     num_frames: int
     height: int
@@ -60,31 +60,38 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def native_texts(prompt: str, negative: str | None, clip: Clip, default_negative: str) -> tuple[str, str]:
+def texts(style: str, prompt: str, negative: str | None, metadata: Metadata, default_negative: str) -> tuple[str, str]:
+    """(conditional, unconditional) texts in a style; `default_negative` stands in where a native video has None."""
+    if style == "native":
+        return native_texts(prompt, negative, metadata, default_negative)
+    return diffusers_texts(prompt, negative, metadata)
+
+
+def native_texts(prompt: str, negative: str | None, metadata: Metadata, default_negative: str) -> tuple[str, str]:
     """(conditional, unconditional) texts in NVIDIA's style. `default_negative` stands in for a video's None."""
     if negative is None:
-        negative = "" if clip.is_image else default_negative
+        negative = "" if metadata.is_image else default_negative
     caption = _json_object(prompt)
     if caption is None:
-        return _with_sentences(prompt.strip(), clip), negative
-    if clip.is_image:
+        return _with_sentences(prompt.strip(), metadata), negative
+    if metadata.is_image:
         caption = {key: value for key, value in caption.items() if key not in ("duration", "fps")}
     else:
-        caption |= {"duration": f"{int(clip.num_frames / clip.fps)}s", "fps": float(clip.fps)}
-    caption["resolution"] = {"H": clip.height, "W": clip.width}
+        caption |= {"duration": f"{int(metadata.num_frames / metadata.fps)}s", "fps": float(metadata.fps)}
+    caption["resolution"] = {"H": metadata.height, "W": metadata.width}
     return json.dumps(caption), negative  # other scripts become \u escapes, as in the captions of diffusers
 
 
-def diffusers_texts(prompt: str, negative: str | None, clip: Clip) -> tuple[str, str]:
+def diffusers_texts(prompt: str, negative: str | None, metadata: Metadata) -> tuple[str, str]:
     """(conditional, unconditional) texts as diffusers writes them."""
-    return _with_sentences(prompt, clip), _with_sentences(negative or "", clip, no=" not")
+    return _with_sentences(prompt, metadata), _with_sentences(negative or "", metadata, no=" not")
 
 
-def _with_sentences(text: str, clip: Clip, no: str = "") -> str:
-    kind = "image" if clip.is_image else "video"
-    sentences = [RESOLUTION.format(kind=kind, no=no, height=clip.height, width=clip.width)]
-    if not clip.is_image:
-        sentences.insert(0, DURATION.format(no=no, seconds=clip.num_frames / clip.fps, fps=clip.fps))
+def _with_sentences(text: str, metadata: Metadata, no: str = "") -> str:
+    kind = "image" if metadata.is_image else "video"
+    sentences = [RESOLUTION.format(kind=kind, no=no, height=metadata.height, width=metadata.width)]
+    if not metadata.is_image:
+        sentences.insert(0, DURATION.format(no=no, seconds=metadata.num_frames / metadata.fps, fps=metadata.fps))
     for sentence in sentences:
         text = text.rstrip(".")
         text = f"{text}. {sentence}" if text else sentence
@@ -97,6 +104,13 @@ def _json_object(text: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def system_prompt(style: str, metadata: Metadata, wanted: bool) -> str | None:
+    """The system prompt: only diffusers' style has one, and only if the checkpoint wants it."""
+    if style == "native" or not wanted:
+        return None
+    return SYSTEM.format(kind="images" if metadata.is_image else "videos")
 
 
 def tokenize(tokenizer: Any, text: str, system: str | None = None) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cosmos3_jax.config import InputError, TransformerConfig, VAEConfig
-from cosmos3_jax.prompt import STYLES, Clip
+from cosmos3_jax.prompt import STYLES, Metadata
 from cosmos3_jax.sampler import GRIDS
 
 OUTPUT_TYPES = ("np", "pil", "latent")
@@ -28,8 +28,8 @@ class Request:
     negative_prompt: str | None = None  # None: the checkpoint's own for a video, if it has one, in the native style
     image: Any = None  # first frame: PIL image, array [h, w, 3] or path
     video: Any = None  # clip to go on from: list of PIL images, array [t, h, w, 3] or path
-    condition_frame_indexes_vision: Sequence[int] = (0, 1)  # latent frames that `video` gives; 1 + 4k frames reach frame k
-    condition_video_keep: Literal["first", "last"] = "first"  # the end of a longer `video` that is taken
+    condition_frame_indexes_vision: Sequence[int] = (0, 1)  # latent frames that `video` fills; frame k needs 1 + 4k of it
+    condition_video_keep: Literal["first", "last"] = "first"  # which end of a longer `video` is used
     num_frames: int = 189  # 1 + 4k
     height: int = 720  # pixels, a multiple of 16
     width: int = 1280  # pixels, a multiple of 16
@@ -40,7 +40,7 @@ class Request:
     sigmas: Literal["native", "linear", "karras"] = "native"  # noise levels (sampler.py)
     enable_sound: bool = False  # not in this version
     seed: int = 42  # of the noise: the same seed gives the same noise on every machine
-    latents: Any = None  # noise to use instead, [1, C, t, h, w]
+    latents: Any = None  # noise to use instead, [1, c, t, h, w]
     sound_latents: Any = None  # not in this version
     prompt_style: Literal["native", "diffusers"] = "native"  # prompt.py
     output_type: Literal["np", "pil", "latent"] = "np"
@@ -56,13 +56,13 @@ class ResolvedRequest(Request):
     flow_shift: float = 10.0
 
     @property
-    def clip(self) -> Clip:
-        """What the prompt says about the output."""
-        return Clip(self.num_frames, self.height, self.width, float(self.fps))
+    def metadata(self) -> Metadata:
+        """What the prompt is told of the output."""
+        return Metadata(self.num_frames, self.height, self.width, float(self.fps))
 
     @property
     def guided(self) -> bool:
-        """Whether there is an unconditional branch."""
+        """Whether there is an unconditional branch. Unlike diffusers, where any scale but 1 turns it on."""
         return self.guidance_scale > 1
 
 
@@ -93,7 +93,7 @@ def _is_whole(value: Any, least: int = 0) -> bool:
 
 
 def _is_finite(value: Any, above: float) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and above < value <= sys.float_info.max  # type: ignore
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and above < value <= sys.float_info.max  # type: ignore[operator]
 
 
 def _check_types(request: Request) -> None:
@@ -103,7 +103,7 @@ def _check_types(request: Request) -> None:
         if not isinstance(value, str) and not (value is None and name == "negative_prompt"):
             raise InputError(f"{name}: a string is expected, not {type(value).__name__}")
         if value and not value.isascii() and value.encode(errors="ignore").decode() != value:
-            raise InputError(f"{name}: it holds bytes that are no text; UTF-8 is expected")
+            raise InputError(f"{name}: not valid UTF-8 text")
     at_least = {"num_frames": 1, "height": 1, "width": 1, "num_inference_steps": 1, "steps_per_call": 1, "seed": 0}
     for name, least in at_least.items():
         value = getattr(request, name)

@@ -21,7 +21,7 @@ GRIDS = ("native", "linear", "karras")
 Table = Any  # numpy on the host, traced inside jit
 
 Velocity = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
-"""(inputs, latents [t, h, w, c], timestep, noisy_t) -> velocity of each branch, float32 [B, t, h, w, c]."""
+"""(inputs, latents [t, h, w, c], timestep, is_given_t) -> velocity of each branch, float32 [B, t, h, w, c]."""
 
 
 def sigma_grid(kind: str, count: int, flow_shift: float, config: SchedulerConfig) -> np.ndarray:
@@ -70,7 +70,7 @@ def unipc_steps(sigma: np.ndarray, guidance_scale: float = 1.0, num_train_timest
     corrector, predictor = np.zeros((count, 5)), np.zeros((count, 3))
     corrector[0, 0] = 1
     for i in range(count):
-        # From sigma[i] to sigma[i + 1]; the corrector of step i redoes the way that the predictor of step i - 1 took.
+        # From sigma[i] to sigma[i + 1]; the corrector of step i redoes the move of the predictor of step i - 1.
         predictor[i] = _predict(sigma[i : i + 2], alpha[i + 1], log_snr[max(i - 1, 0) : i + 2], order[i])
         if i > 0:
             corrector[i, 1:] = _correct(sigma[i - 1 : i + 1], alpha[i], log_snr[max(i - 2, 0) : i + 1], order[i - 1])
@@ -104,7 +104,7 @@ def _correct(sigma: np.ndarray, alpha: float, log_snr: np.ndarray, order: int) -
 
 @struct.dataclass
 class Given:
-    """Frames that came with the request: clean latents, and which latent frames they are. All False without any."""
+    """Frames that came with the request: clean latents, and which latent frames they are (none: all False)."""
 
     latents_thwc: jax.Array
     is_given_t: jax.Array
@@ -149,7 +149,7 @@ def run_steps(velocity: Velocity, inputs: Any, state: State, steps: Steps, given
     """The state after `steps`, and a scalar that is ready when the state is (the state itself is donated onwards)."""
 
     def body(state: State, step: Steps) -> tuple[State, None]:
-        velocity_B = velocity(inputs, state.sample, step.timestep, ~given.is_given_t)
+        velocity_B = velocity(inputs, state.sample, step.timestep, given.is_given_t)
         return advance(state, step, guide(velocity_B, step.guidance_scale), given), None
 
     state, _ = jax.lax.scan(body, state, steps)
@@ -178,7 +178,7 @@ def denoise(
     the number of steps done, a call late, so that the device always has work.
     """
     zeros = jnp.zeros_like(noise_thwc)
-    state = State(given.write(noise_thwc), zeros, jnp.copy(zeros), jnp.copy(zeros))
+    state = State(given.write(noise_thwc), zeros, jnp.copy(zeros), jnp.copy(zeros))  # each is donated, so no two are one
     done, running = 0, None
     while done < len(steps):
         rows = steps[done : done + steps_per_call]

@@ -1,8 +1,8 @@
-"""Weights, declared once: shape, sharding, random start and file layout all follow from one line in a network.
+"""Weights, declared once: shape, sharding, random init and file layout all follow from one line in a network.
 
-A network here is abstract: its `Weight`s hold `jax.ShapeDtypeStruct`s. `split` turns it into a graph and a tree of shapes
-placed on a mesh; a checkpoint (checkpoint.py) or `random_weights` fills that tree with arrays, and inside a jitted function
-`nnx.merge(graph, tree)` is the network again. No path and no tensor name of a file is known here.
+A module here is abstract: its `Weight`s hold `jax.ShapeDtypeStruct`s. `split` turns it into a `Network`, a graph and a tree of
+shapes placed on a mesh; a checkpoint (checkpoint.py) or `random_weights` fills that tree with arrays, and inside a jitted
+function `network.merge()` is the module again. No path and no tensor name of a file is known here.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
 from jax.sharding import Mesh
 
 from cosmos3_jax.axes import sharding
@@ -22,8 +22,20 @@ class Weight(nnx.Param):
     """A parameter that knows its letters.
 
     Metadata: `dims`, the letters ("" for the VAE's, which are whole everywhere); `file_shape`, the shape of one tensor of it
-    in a published file; `std` and `mean` of a random start; `float32`, whether it stays float32 whatever the request's dtype.
+    in a published file; `std` and `mean` of its random init; `float32`, whether it stays float32 whatever the others' dtype.
     """
+
+
+@struct.dataclass
+class Network:
+    """A module as jit takes it: the graph is static, the weights are data."""
+
+    graph: nnx.GraphDef = struct.field(pytree_node=False)
+    weights: nnx.State
+
+    def merge(self) -> Any:
+        """The module, to be called."""
+        return nnx.merge(self.graph, self.weights)
 
 
 def weight(config: TransformerConfig, dims: str, *, inputs: str = "", float32: bool = False) -> Weight:
@@ -78,15 +90,15 @@ def is_stacked(w: Weight) -> bool:
     return bool(w.dims) and len(w.shape) > len(w.dims)
 
 
-def split(network: nnx.Module, mesh: Mesh, dtype: Any) -> tuple[nnx.GraphDef, nnx.State]:
-    """The graph of an abstract `network`, and its weights as shapes in `dtype`, placed on `mesh` by their letters."""
-    graph, tree = nnx.split(network)
+def split(module: nnx.Module, mesh: Mesh, dtype: Any) -> Network:
+    """An abstract module as a network: weights are shapes in `dtype`, placed on `mesh` by their letters."""
+    graph, tree = nnx.split(module)
 
     def place(_: str, w: Weight) -> jax.ShapeDtypeStruct:
         dims = "L" + w.dims if is_stacked(w) else w.dims
         return jax.ShapeDtypeStruct(w.shape, jnp.float32 if w.float32 else dtype, sharding=sharding(mesh, dims))
 
-    return graph, map_weights(place, tree)
+    return Network(graph, map_weights(place, tree))
 
 
 def random_weights(tree: nnx.State, seed: int = 0) -> nnx.State:

@@ -41,11 +41,8 @@ def weights(folder, dtype: str = "float32") -> dict[str, np.ndarray]:
     """Every weight of the three networks, by network and path."""
     checkpoint = Checkpoint.open(folder)
     networks = abstract_networks(checkpoint.transformer, checkpoint.vae, make_mesh(), dtype)
-    trees = load(checkpoint, *(network.weights for network in networks))
-    names = ("und", "gen", "vae")
-    return {
-        f"{name} {path}": np.asarray(w) for name, tree in zip(names, trees, strict=True) for path, w in by_path(tree).items()
-    }
+    loaded = zip(networks._fields, load(checkpoint, *networks), strict=True)
+    return {f"{name} {path}": np.asarray(w) for name, network in loaded for path, w in by_path(network.weights).items()}
 
 
 def edit(folder, part: str, change) -> None:
@@ -228,7 +225,7 @@ def test_all_faults_at_once_before_anything_is_read(folder, monkeypatch):
     with pytest.raises(InputError) as error:
         weights(folder)
     assert str(error.value).splitlines() == [
-        f"{folder}: 6 tensors do not fit the configs",
+        f"{folder}: 6 faults in the tensors",
         "  transformer: missing: layers.1.self_attn.to_k.weight [128, 64]",
         "  transformer: unexpected: stray [2, 3]",
         "  transformer: misshapen: proj_out.bias is [63], expected [64]",
@@ -240,7 +237,16 @@ def test_all_faults_at_once_before_anything_is_read(folder, monkeypatch):
 
 def test_tensors_that_are_no_floats_are_named(folder):
     edit(folder, "vae", lambda tensors: tensors | {"decoder.conv_in.bias": np.ones(48, np.int8)})
-    with pytest.raises(InputError, match=r"of another kind: decoder.conv_in.bias is I8"):
+    with pytest.raises(InputError, match=r"vae: odd kind: decoder.conv_in.bias is I8, expected F32, BF16 or F16"):
+        weights(folder)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    folder = write_checkpoint(tmp_path, CONFIG, shards=2)
+    first, second = sorted((folder / "transformer").glob("*.safetensors"))
+    save_file(load_file(second) | {"proj_in.bias": np.zeros(64, np.float32)}, second)
+    save_file(load_file(first) | {"proj_in.bias": np.zeros(64, np.float32)}, first)
+    with pytest.raises(InputError, match=r"also in another file of the folder: proj_in\.bias"):
         weights(folder)
 
 

@@ -21,11 +21,11 @@ def published(name: str) -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module", params=["nano", "super", "edge"])
 def model(request):
-    """(config, published shapes, [(weights, their names in the file) of each tower])."""
+    """(config, published shapes, [(network, the names of its weights in the file) of each tower])."""
     config = PRESETS[request.param]
     und, gen, _ = abstract_networks(config, TINY_VAE, make_mesh(), "bfloat16")
     towers = [
-        (network.weights, file_names(names, network.weights, config.num_hidden_layers))
+        (network, file_names(names, network, config.num_hidden_layers))
         for network, names in ((und, UND_NAMES), (gen, GEN_NAMES))
     ]
     return config, published(f"transformer_{request.param}"), towers
@@ -33,9 +33,9 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def vae():
-    """(weights, their names in the file)."""
-    weights = abstract_networks(NANO, WAN_VAE, make_mesh(), "bfloat16")[2].weights
-    return weights, vae_file_names(weights)
+    """(network, the names of its weights in the file)."""
+    network = abstract_networks(NANO, WAN_VAE, make_mesh(), "bfloat16").vae
+    return network, vae_file_names(network)
 
 
 def test_every_tensor_of_the_transformer_is_read_or_has_a_reason(model):
@@ -58,8 +58,8 @@ def test_no_tensor_is_read_twice(model, vae):
 
 
 def test_a_weight_holds_as_many_numbers_as_its_tensors(model, vae):
-    for weights, names in [*model[2], vae]:
-        for path, w in by_path(weights).items():
+    for network, names in [*model[2], vae]:
+        for path, w in by_path(network.weights).items():
             assert math.prod(w.shape) == len(names[path]) * math.prod(w.file_shape), path
 
 

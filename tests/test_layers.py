@@ -16,9 +16,9 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
 
 
-def filled(network: nnx.Module) -> nnx.Module:
-    graph, tree = split(network, make_mesh(), jnp.float32)
-    return nnx.merge(graph, random_weights(tree))
+def filled(module: nnx.Module) -> nnx.Module:
+    network = split(module, make_mesh(), jnp.float32)
+    return network.replace(weights=random_weights(network.weights)).merge()
 
 
 def plain_attention(q, k, v, length, causal):

@@ -136,7 +136,7 @@ def test_floats_below_zero_are_taken_as_they_are():
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_arrays_of_another_shape_are_refused(fit, what, shape, dtype):
     with pytest.raises(
-        InputError, match=rf"^{what}: pictures, or an array .* expected, not \[{', '.join(map(str, shape))}\] of "
+        InputError, match=rf"^{what}: PIL images, or an array .* expected, not \[{', '.join(map(str, shape))}\] of "
     ):
         fit(np.zeros(shape, dtype), 16, 16)
 
@@ -151,9 +151,9 @@ def test_lists_that_are_no_clip_are_refused(clip):
         media.fit_clip(clip, 16, 16)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 256.0])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 256.0, -2.0])
 def test_arrays_of_other_values_are_refused(value):
-    with pytest.raises(InputError, match=r"^image: values in \[0, 1\] or \[0, 255\] are expected"):
+    with pytest.raises(InputError, match=r"^image: integers in \[0, 255\], or floats"):
         media.fit_image(np.full((8, 6, 3), value), 16, 16)
     with pytest.raises(InputError, match=r"^video: .*floats in \[0, 1\] or \[-1, 1\]"):
         media.fit_clip(np.full((2, 8, 6, 3), value), 16, 16)
@@ -202,7 +202,7 @@ def png() -> bytes:
 def test_a_file_that_is_no_image(tmp_path, content):
     path = tmp_path / "a.png"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"^image {path}: not an image that can be read; PNG, JPEG and WebP are"):
+    with pytest.raises(InputError, match=rf"^image {path}: not a readable image; PNG, JPEG or WebP is expected"):
         media.open_image(path)
 
 
@@ -210,7 +210,7 @@ def test_a_file_that_is_no_image(tmp_path, content):
 def test_a_file_that_is_no_clip(tmp_path, content):
     path = tmp_path / "a.mp4"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"^video {path}: not a video that can be read; MP4 with H.264 is$"):
+    with pytest.raises(InputError, match=rf"^video {path}: not a readable video; MP4 with H.264 is expected$"):
         media.open_clip(path, 5)
 
 
@@ -265,10 +265,10 @@ def test_a_picture_that_is_read_back(tmp_path, name, error):
 @pytest.mark.parametrize(
     ("name", "count", "reason"),
     [
-        ("a.gif", 5, "5 frames can be written as .mp4"),
-        ("a.png", 5, "5 frames can be written as .mp4"),
-        ("a.txt", 1, "1 frame can be written as .mp4, .png, .jpg, .jpeg, .webp"),
-        ("a", 1, "1 frame can be written as"),
+        ("a.gif", 5, "5 frames cannot be written as .gif; use .mp4$"),
+        ("a.png", 5, "5 frames cannot be written as .png; use .mp4$"),
+        ("a.txt", 1, "one frame cannot be written as .txt; use .mp4, .png, .jpg, .jpeg, .webp$"),
+        ("a", 1, "one frame cannot be written as that; use .mp4"),
         ("no/a.mp4", 5, "the folder .*no does not exist; create it first"),
         ("folder.mp4", 5, "no file can be written there"),
         ("a" * 300 + ".mp4", 5, "no file can be written there"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cosmos3_jax.config import EDGE, NANO, TINY, WAN_VAE
-from cosmos3_jax.positions import angles, layout, text_ids, vision_ids
+from cosmos3_jax.positions import cos_sin, layout, text_ids, vision_ids
 
 SHAPE_720P = WAN_VAE.latent_shape(189, 720, 1280)
 START = 70 + 15000  # of the generated tokens, for a prompt of 70 tokens
@@ -64,14 +64,14 @@ def test_rows_and_columns_may_start_where_time_does():
 )
 def test_rotary_slots_take_turns(config, axes):
     # A token that is off the origin along one axis only is turned in the slots of this axis only.
-    _, sin_BTH = angles(config, np.eye(3)[:, :, None])
+    _, sin_BTH = cos_sin(config, np.eye(3)[:, :, None])
     for axis, turned_H in zip("thw", sin_BTH[:, 0] != 0, strict=True):
         assert turned_H.tolist() == [slot == axis for slot in axes]
 
 
 @pytest.mark.parametrize("config", [NANO, EDGE], ids=["nano", "edge"])
 def test_frequencies_fall_from_1_to_almost_1_over_theta(config):
-    cos, sin = angles(config, np.ones((1, 3, 1)))
+    cos, sin = cos_sin(config, np.ones((1, 3, 1)))
     frequency = config.rope_theta ** (-np.arange(64) / 64)
     np.testing.assert_allclose(np.arctan2(sin, cos)[0, 0], frequency, rtol=1e-6)  # float32
     assert cos.dtype == sin.dtype == np.float32
@@ -79,7 +79,7 @@ def test_frequencies_fall_from_1_to_almost_1_over_theta(config):
 
 def test_positions_near_15000_keep_their_phase():
     # One position on, the fastest slot turns by one radian. In bf16 15070 and 15071 are the same number.
-    cos, sin = angles(NANO, vision_ids(NANO, (4, 2, 2), START, 24.0)[None])
+    cos, sin = cos_sin(NANO, vision_ids(NANO, (4, 2, 2), START, 24.0)[None])
     turn = np.diff(np.unwrap(np.arctan2(sin, cos)[0, :, 0]))
     np.testing.assert_allclose(turn, 1, atol=1e-6)  # float32 rounding of the phase
     np.testing.assert_allclose(cos[0, :, 0], np.cos(START + np.arange(4.0)), atol=1e-6)
@@ -88,7 +88,7 @@ def test_positions_near_15000_keep_their_phase():
 def test_text_counts_up_on_every_axis():
     np.testing.assert_array_equal(text_ids(8), [range(8)] * 3)
     text, _ = layout(NANO, np.array([5]), 8, (1, 2, 2), 24.0)
-    same(text, angles(NANO, text_ids(8)[None]))
+    same(text, cos_sin(NANO, text_ids(8)[None]))
 
 
 def test_each_branch_starts_after_its_own_text():
@@ -98,7 +98,7 @@ def test_each_branch_starts_after_its_own_text():
     for row, length in enumerate(lengths):
         _, alone = layout(NANO, lengths[row : row + 1], 128, (3, 4, 6), 16.0)
         same([part[row : row + 1] for part in both], alone)
-        same(alone, angles(NANO, vision_ids(NANO, (3, 4, 6), length + 15000, 16.0)[None]))
+        same(alone, cos_sin(NANO, vision_ids(NANO, (3, 4, 6), length + 15000, 16.0)[None]))
 
 
 def test_padding_of_the_text_does_not_matter():

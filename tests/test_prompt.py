@@ -11,13 +11,21 @@ import pytest
 
 from cosmos3_jax.checkpoint import BUILT_IN
 from cosmos3_jax.config import InputError
-from cosmos3_jax.prompt import SYSTEM, Clip, diffusers_texts, load_tokenizer, native_texts, pad, tokenize
+from cosmos3_jax.prompt import (
+    Metadata,
+    diffusers_texts,
+    load_tokenizer,
+    native_texts,
+    pad,
+    system_prompt,
+    tokenize,
+)
 
 GOLDENS = json.loads((Path(__file__).parent / "data" / "token_goldens.json").read_text())
 WRITTEN_BY_STYLE = [name for name in GOLDENS if name not in ("t2i_nosys_notemplates", "action_policy_sys")]
 
-VIDEO = Clip(num_frames=189, height=720, width=1280, fps=24.0)
-IMAGE = Clip(num_frames=1, height=1024, width=768, fps=24.0)
+VIDEO = Metadata(num_frames=189, height=720, width=1280, fps=24.0)
+IMAGE = Metadata(num_frames=1, height=1024, width=768, fps=24.0)
 VIDEO_SENTENCES = "The video is 7.9 seconds long and is of 24 FPS. This video is of 720x1280 resolution."
 IMAGE_SENTENCE = "This image is of 1024x768 resolution."
 NOT_VIDEO = "The video is not 7.9 seconds long and is not of 24 FPS. This video is not of 720x1280 resolution."
@@ -45,11 +53,11 @@ def published():
 
 
 @pytest.mark.parametrize("dots", ["", ".", "..."])
-@pytest.mark.parametrize(("clip", "sentences"), [(VIDEO, VIDEO_SENTENCES), (IMAGE, IMAGE_SENTENCE)], ids=["video", "image"])
-def test_a_text_ends_in_the_metadata(clip, sentences, dots):
+@pytest.mark.parametrize(("metadata", "sentences"), [(VIDEO, VIDEO_SENTENCES), (IMAGE, IMAGE_SENTENCE)], ids=["video", "image"])
+def test_a_text_ends_in_the_metadata(metadata, sentences, dots):
     expected = "A cat. It runs. " + sentences
-    assert native_texts(f" A cat. It runs{dots}\n", None, clip, "")[0] == expected
-    assert diffusers_texts(f"A cat. It runs{dots}", None, clip)[0] == expected
+    assert native_texts(f" A cat. It runs{dots}\n", None, metadata, "")[0] == expected
+    assert diffusers_texts(f"A cat. It runs{dots}", None, metadata)[0] == expected
 
 
 @pytest.mark.parametrize("empty", ["", "..."])
@@ -59,7 +67,7 @@ def test_an_empty_text_is_the_metadata_alone(empty):
 
 
 def test_seconds_have_one_decimal_and_fps_none():
-    assert native_texts("A cat", "", Clip(61, 480, 832, 29.97), "")[0] == (
+    assert native_texts("A cat", "", Metadata(61, 480, 832, 29.97), "")[0] == (
         "A cat. The video is 2.0 seconds long and is of 30 FPS. This video is of 480x832 resolution."
     )
 
@@ -84,7 +92,7 @@ def test_a_json_caption_of_an_image_has_no_time():
 
 
 @pytest.mark.parametrize(
-    ("negative", "clip", "native", "diffusers"),
+    ("negative", "metadata", "native", "diffusers"),
     [
         (None, VIDEO, "the checkpoint's", NOT_VIDEO),
         (None, IMAGE, "", NOT_IMAGE),
@@ -95,20 +103,20 @@ def test_a_json_caption_of_an_image_has_no_time():
         ('{"fps": 5}', VIDEO, '{"fps": 5}', f'{{"fps": 5}}. {NOT_VIDEO}'),
     ],
 )
-def test_negative_prompts(negative, clip, native, diffusers):
+def test_negative_prompts(negative, metadata, native, diffusers):
     # Native: as it was written; only where none was, a video takes the checkpoint's. diffusers: with "is not" sentences.
-    assert native_texts("A cat", negative, clip, "the checkpoint's")[1] == native
-    assert diffusers_texts("A cat", negative, clip)[1] == diffusers
+    assert native_texts("A cat", negative, metadata, "the checkpoint's")[1] == native
+    assert diffusers_texts("A cat", negative, metadata)[1] == diffusers
 
 
 @pytest.mark.parametrize("name", WRITTEN_BY_STYLE)
 def test_texts_of_the_style_diffusers_are_the_references(name):
     golden = GOLDENS[name]
     asked = golden["args"]
-    clip = Clip(asked["num_frames"], asked["height"], asked["width"], asked.get("fps", 24.0))
-    system = SYSTEM.format(kind="images" if clip.is_image else "videos") if asked.get("use_system_prompt", True) else None
-    texts = diffusers_texts(asked["prompt"], asked["negative_prompt"], clip)
-    assert [(system, text) for text in texts] == [turns(golden["cond_text"]), turns(golden["uncond_text"])]
+    metadata = Metadata(asked["num_frames"], asked["height"], asked["width"], asked.get("fps", 24.0))
+    system = system_prompt("diffusers", metadata, asked.get("use_system_prompt", True))
+    both = diffusers_texts(asked["prompt"], asked["negative_prompt"], metadata)
+    assert [(system, text) for text in both] == [turns(golden["cond_text"]), turns(golden["uncond_text"])]
 
 
 @pytest.mark.parametrize("branch", ["cond", "uncond"])

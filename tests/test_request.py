@@ -19,12 +19,12 @@ def ask(transformer=NANO, **settings) -> ResolvedRequest:
 def test_defaults_of_a_video_and_of_an_image(num_frames, steps, guidance, shift):
     request = ask(num_frames=num_frames)
     assert (request.num_inference_steps, request.guidance_scale, request.flow_shift) == (steps, guidance, shift)
-    assert request.clip.is_image == (num_frames == 1)
+    assert request.metadata.is_image == (num_frames == 1)
 
 
 def test_the_published_clip_is_asked_for():
     request = ask()
-    assert dataclasses.astuple(request.clip) == (189, 720, 1280, 24.0)
+    assert dataclasses.astuple(request.metadata) == (189, 720, 1280, 24.0)
     assert (request.seed, request.sigmas, request.prompt_style, request.output_type) == (42, "native", "native", "np")
 
 
@@ -148,6 +148,6 @@ def test_karras_says_that_flow_shift_has_no_effect():
 
 @pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
 def test_bytes_that_are_no_text_are_refused(name):
-    with pytest.raises(InputError, match=f"^{name}: it holds bytes that are no text"):
+    with pytest.raises(InputError, match=f"^{name}: not valid UTF-8 text"):
         ask(**{name: "caf\udce9"})
     assert getattr(ask(**{name: "café 漢字 🙂"}), name) == "café 漢字 🙂"

@@ -23,12 +23,12 @@ def steps_of(count: int, kind: str = "native", flow_shift: float = 5.0, guidance
     return unipc_steps(sigma_grid(kind, count, flow_shift, SchedulerConfig()), guidance_scale)
 
 
-def curved(inputs, x_thwc, timestep, noisy_t):
+def curved(inputs, x_thwc, timestep, is_given_t):
     """A velocity of two branches that depends on all there is."""
     return jnp.stack([jnp.tanh(inputs * x_thwc) + timestep / 1000, jnp.sin(x_thwc)])
 
 
-def straight(inputs, x_thwc, timestep, noisy_t):
+def straight(inputs, x_thwc, timestep, is_given_t):
     """The velocity of the straight way from clean latents to noise, one branch."""
     return inputs[None]
 
@@ -78,7 +78,7 @@ def test_the_latents_follow_the_references_recursion(name):
         sample = np.tensordot(table["predictor"][i], [corrected, *predictions[:2]], 1)
 
     steps = unipc_steps(np.array(table["sigmas"][:-1]))
-    result = denoise(lambda _, x, timestep, noisy_t: velocity(x, timestep)[None], None, NOISE, NOTHING_GIVEN, steps)
+    result = denoise(lambda _, x, timestep, is_given_t: velocity(x, timestep)[None], None, NOISE, NOTHING_GIVEN, steps)
     np.testing.assert_allclose(result, sample, atol=5e-6)  # the state is float32 here, float64 above
 
 
@@ -136,8 +136,8 @@ def test_given_frames_stay_as_they_are():
     is_given = np.array([True, False, True])
     given = Given(np.where(is_given[:, None, None, None], CLEAN, np.nan), is_given)  # NaN: what is not given is not read
 
-    def velocity(clean, x_thwc, timestep, noisy_t):
-        noisy = noisy_t[:, None, None, None]
+    def velocity(clean, x_thwc, timestep, is_given_t):
+        noisy = ~is_given_t[:, None, None, None]
         intact = jnp.all(noisy | (x_thwc == clean))
         return jnp.where(noisy & intact, jnp.tanh(x_thwc), jnp.nan)[None]  # NaN: the velocity of a given frame is not read
 

@@ -9,11 +9,13 @@ from flax import nnx
 from cosmos3_jax import Cosmos3Pipeline, positions
 from cosmos3_jax.models.layers import Rotary
 from cosmos3_jax.models.transformer import Prefix, patchify, unpatchify
-from cosmos3_jax.pipeline import GenVelocity, prefill
-from cosmos3_jax.weights import by_path, map_weights
+from cosmos3_jax.pipeline import prefill, velocity
+from cosmos3_jax.weights import Network, Weight, by_path, map_weights
 
 SHAPE = (3, 5, 6)  # latent frames, rows (odd, so that patches are padded), columns
-NOISY = np.ones(3, bool)
+NOTHING_GIVEN = np.zeros(3, bool)
+
+compiled_velocity = jax.jit(velocity)
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -24,17 +26,18 @@ class Towers:
     """Both towers of a family, and one request through them."""
 
     def __init__(self, pipe: Cosmos3Pipeline):
-        self.config, self.und, self.gen = pipe.checkpoint.transformer, pipe.und, pipe.gen
-        self._velocity = jax.jit(GenVelocity(self.gen.graph))
+        self.config, self.und, self.gen = pipe.checkpoint.transformer, pipe.networks.und, pipe.networks.gen
 
-    def prefix(self, ids_BS: np.ndarray, length_B: list[int], und: nnx.State | None = None) -> Prefix:
+    def prefix(self, ids_BS: np.ndarray, length_B: list[int], und: Network | None = None) -> Prefix:
         text, _ = positions.layout(self.config, np.array(length_B), ids_BS.shape[1], SHAPE, 24.0)
-        return prefill(self.und.graph, und or self.und.weights, ids_BS, np.array(length_B, np.int32), Rotary(*text))
+        return prefill(und or self.und, ids_BS, np.array(length_B, np.int32), Rotary(*text))
 
-    def velocity(self, prefix: Prefix, *, timestep: float = 700.0, noisy_t: np.ndarray = NOISY, gen: nnx.State | None = None):
+    def velocity(
+        self, prefix: Prefix, *, timestep: float = 700.0, is_given_t: np.ndarray = NOTHING_GIVEN, gen: Network | None = None
+    ) -> np.ndarray:
         _, vision = positions.layout(self.config, np.asarray(prefix.length_B), 1, SHAPE, 24.0)
         x_thwc = random(*SHAPE, self.config.latent_channel, seed=1)
-        return np.asarray(self._velocity((gen or self.gen.weights, Rotary(*vision), prefix), x_thwc, timestep, noisy_t))
+        return np.asarray(compiled_velocity((gen or self.gen, Rotary(*vision), prefix), x_thwc, timestep, is_given_t))
 
 
 @pytest.fixture(params=["small", "edge"])
@@ -56,7 +59,7 @@ def test_layer_equals_reference(family, pipes, goldens):
     und, gen = (x[None] for x in cases.layer_inputs(pipe.checkpoint.transformer.hidden_size))
     cos, sin = expected["layer.cos"][None], expected["layer.sin"][None]
     text, vision = (Rotary(cos[:, part], sin[:, part]) for part in (slice(cases.TEXT), slice(cases.TEXT, None)))
-    und_layer, gen_layer = (layer_of(network, 1) for network in (pipe.und, pipe.gen))
+    und_layer, gen_layer = (layer_of(network, 1) for network in (pipe.networks.und, pipe.networks.gen))
     und, (k, v) = und_layer(und, text)
     gen = gen_layer(gen, vision, Prefix(k, v, np.array([cases.TEXT], np.int32)))
     for ours, theirs in ((und, expected["layer.und"]), (gen, expected["layer.gen"])):
@@ -64,7 +67,7 @@ def test_layer_equals_reference(family, pipes, goldens):
 
 
 def layer_of(network, i: int) -> nnx.Module:
-    graph, tree = nnx.split(nnx.merge(network.graph, network.weights).layers)
+    graph, tree = nnx.split(network.merge().layers)
     return nnx.merge(graph, map_weights(lambda _, w: w[...][i], tree))
 
 
@@ -94,14 +97,14 @@ def test_text_is_causal(towers):
     ids_BS = prompts(9, bucket=9)
     changed = ids_BS.copy()
     changed[0, 5] += 7
-    before, after = (towers.prefix(ids, [9]).v_LBSKH for ids in (ids_BS, changed))
+    before, after = (towers.prefix(ids, [9]).v for ids in (ids_BS, changed))
     np.testing.assert_array_equal(before[:, :, :5], after[:, :, :5])
     assert (np.abs(before[:, :, 5:] - after[:, :, 5:]).max(axis=(1, 3, 4))[1:] > 0).all()
 
 
 def test_given_frames_have_no_timestep(towers):
     prefix = towers.prefix(prompts(9, bucket=9), [9])
-    given = [towers.velocity(prefix, timestep=float(t), noisy_t=~NOISY) for t in (1, 900)]
+    given = [towers.velocity(prefix, timestep=float(t), is_given_t=~NOTHING_GIVEN) for t in (1, 900)]
     np.testing.assert_array_equal(*given)
     assert np.abs(towers.velocity(prefix, timestep=1.0) - towers.velocity(prefix, timestep=900.0)).max() > 1e-2
 
@@ -111,14 +114,18 @@ def test_nan_in_any_weight_reaches_the_velocity(towers):
     ids_BS, clean = prompts(9, bucket=9), towers.prefix(prompts(9, bucket=9), [9])
     assert np.isfinite(towers.velocity(clean)).all()
     for path in by_path(towers.und.weights):
-        assert np.isnan(towers.velocity(towers.prefix(ids_BS, [9], und=poisoned(towers.und.weights, path)))).any(), path
+        assert np.isnan(towers.velocity(towers.prefix(ids_BS, [9], und=poisoned(towers.und, path)))).any(), path
     for path in by_path(towers.gen.weights):
-        assert np.isnan(towers.velocity(clean, gen=poisoned(towers.gen.weights, path))).any(), path
+        assert np.isnan(towers.velocity(clean, gen=poisoned(towers.gen, path))).any(), path
 
 
-def poisoned(tree: nnx.State, target: str) -> nnx.State:
+def poisoned(network: Network, target: str) -> Network:
     index = (1, 0) if target == "embed" else -1  # token 1, which the prompt holds
-    return map_weights(lambda path, w: w[...].at[index].set(np.nan) if path == target else w[...], tree)
+
+    def poison(path: str, w: Weight) -> jax.Array:
+        return w[...].at[index].set(np.nan) if path == target else w[...]
+
+    return network.replace(weights=map_weights(poison, network.weights))
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 2, 3), (3, 5, 6, 2), (2, 4, 7, 1)])

@@ -12,7 +12,7 @@ from metrics import errors
 
 from cosmos3_jax.models.vae import average_down, fold, repeat_up, stream, uint8, unfold, unit
 from cosmos3_jax.pipeline import decode, encode
-from cosmos3_jax.weights import Weight, by_path, map_weights
+from cosmos3_jax.weights import Network, Weight, by_path, map_weights
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -21,13 +21,13 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture
 def vae(pipes):
-    """A small VAE: graph and weights."""
-    return pipes("small").vae
+    """A small VAE."""
+    return pipes("small").networks.vae
 
 
 @pytest.mark.parametrize("name", cases.BLOCKS)
 def test_block_equals_reference(name, vae, goldens):
-    block = nnx.merge(vae.graph, vae.weights)
+    block = vae.merge()
     for part in name.split("."):
         block = block[int(part)] if part.isdigit() else getattr(block, part)
     inputs = cases.block_inputs(block.resnets[0].conv1.weight.shape[2] // 3, cases.BLOCKS[name])
@@ -39,32 +39,31 @@ def test_block_equals_reference(name, vae, goldens):
 def test_encoder_is_causal(vae):
     # So the latents of given frames need no later frame, and an image needs one frame only.
     frames = random(9, 32, 48, 3)
-    whole = encode(vae.graph, vae.weights, frames)
+    whole = encode(vae, frames)
     assert whole.shape == (3, 2, 3, cases.VAE.z_dim)
     for latents in (1, 2):
-        np.testing.assert_allclose(encode(vae.graph, vae.weights, frames[: 4 * latents - 3]), whole[:latents], atol=1e-5)
+        np.testing.assert_allclose(encode(vae, frames[: 4 * latents - 3]), whole[:latents], atol=1e-5)
 
 
 def test_decoder_is_causal(vae):
     latents = random(3, 2, 3, cases.VAE.z_dim)
-    whole = decode(vae.graph, vae.weights, latents, unit)
+    whole = decode(vae, latents, unit)
     assert whole.shape == (9, 32, 48, 3)
     for count in (1, 2):
-        np.testing.assert_allclose(decode(vae.graph, vae.weights, latents[:count], unit), whole[: 4 * count - 3], atol=1e-5)
+        np.testing.assert_allclose(decode(vae, latents[:count], unit), whole[: 4 * count - 3], atol=1e-5)
 
 
 def test_nan_in_any_weight_reaches_the_output(vae):
     # No weight is dead or forgotten. The middle of a kernel: of the smallest frames, one pixel, it sees the most.
     frames, latents = random(5, 16, 16, 3), random(2, 1, 1, cases.VAE.z_dim)
 
-    def output(path: str, weights: nnx.State) -> np.ndarray:
-        if path.startswith(("encoder", "quant_conv")):
-            return encode(vae.graph, weights, frames)
-        return decode(vae.graph, weights, latents, unit)
+    def output(path: str, vae: Network) -> np.ndarray:
+        return encode(vae, frames) if path.startswith(("encoder", "quant_conv")) else decode(vae, latents, unit)
 
     for path in by_path(vae.weights):
-        assert np.isfinite(output(path, vae.weights)).all()
-        assert np.isnan(output(path, map_weights(functools.partial(poison, path), vae.weights))).any(), path
+        poisoned = vae.replace(weights=map_weights(functools.partial(poison, path), vae.weights))
+        assert np.isfinite(output(path, vae)).all()
+        assert np.isnan(output(path, poisoned)).any(), path
 
 
 def poison(target: str, path: str, w: Weight) -> jax.Array:

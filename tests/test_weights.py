@@ -26,7 +26,7 @@ class Layer(nnx.Module):
         self.time = weight(TINY, "DE", float32=True)
 
 
-class Network(nnx.Module):
+class Modules(nnx.Module):
     """A stack of layers, a weight of its own, a convolution."""
 
     def __init__(self):
@@ -36,7 +36,7 @@ class Network(nnx.Module):
 
 
 def draw(seed: int) -> dict[str, np.ndarray]:
-    weights = random_weights(split(Network(), make_mesh(), jnp.float32)[1], seed)
+    weights = random_weights(split(Modules(), make_mesh(), jnp.float32).weights, seed)
     return {path: np.asarray(w[...]) for path, w in by_path(weights).items()}
 
 
@@ -80,7 +80,7 @@ def test_a_stack_has_one_more_axis_and_the_files_of_one_layer():
 
 
 def test_split_places_by_letters_in_the_dtype():
-    placed = {path: w.get_value() for path, w in by_path(split(Network(), MESH, jnp.bfloat16)[1]).items()}
+    placed = {path: w.get_value() for path, w in by_path(split(Modules(), MESH, jnp.bfloat16).weights).items()}
     assert {path: shape.sharding.spec for path, shape in placed.items()} == {
         "layers.q": P(None, "tp", None, None),
         "layers.k": P(None, "tp", None, None),
@@ -96,7 +96,7 @@ def test_split_places_by_letters_in_the_dtype():
 
 
 def test_map_weights_changes_values_alone():
-    tree = split(Network(), MESH, jnp.float32)[1]
+    tree = split(Modules(), MESH, jnp.float32).weights
     paths = by_path(map_weights(lambda path, w: path, tree))
     assert {path: w.get_value() for path, w in paths.items()} == {path: path for path in by_path(tree)}
     assert [w.dims for w in paths.values()] == [w.dims for w in by_path(tree).values()]

@@ -15,7 +15,7 @@ from cosmos3_jax.axes import inside_mesh, spec
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.weights import vector, weight
 
-QUERY_CHUNK = 128  # queries that attend at once: 720p scores of Nano then take 1.4 GB a branch pair, not 500 GB
+QUERY_CHUNK = 128  # queries that attend at once: at 720p, Nano's scores then take 1.5 GB for both branches, not 505
 
 
 @struct.dataclass
@@ -116,7 +116,7 @@ def cudnn_attention(q_BQNH, k_BMKH, v_BMKH, length_B, *, causal: bool):
 
 
 def chunked_attention(q_BQNH, k_BMKH, v_BMKH, length_B, *, causal: bool = False):
-    """Exact attention anywhere, a chunk of queries at a time: peak extra memory is B x N x QUERY_CHUNK x M float32."""
+    """Exact attention anywhere. The scores of one chunk of queries, B x N x QUERY_CHUNK x M, are all that exist at once."""
     B, Q, N, H = q_BQNH.shape
     M, K = k_BMKH.shape[1:3]
     chunk = min(QUERY_CHUNK, Q)

@@ -20,15 +20,15 @@ from cosmos3_jax.weights import stack, vector, weight
 
 @struct.dataclass
 class Prefix:
-    """What the gen tower knows of the text: rotated keys and values of every layer, and each branch's real length."""
+    """What the gen tower knows of the text: rotated keys and values, and each branch's real length."""
 
-    k_LBSKH: jax.Array
-    v_LBSKH: jax.Array
+    k: jax.Array  # [L, B, S, K, H], or [B, S, K, H] of one layer
+    v: jax.Array  # likewise
     length_B: jax.Array
 
 
 class KeysValues(nnx.Module):
-    """The part of an und layer that later layers of either tower read: normed input, keys, values."""
+    """The keys and values of an und layer, and the normed input they come from. The last und layer is this alone."""
 
     def __init__(self, config: TransformerConfig):
         self.norm = RMSNorm(config, "D")
@@ -66,8 +66,8 @@ class UndLayer(nnx.Module):
         q_BSNH = jnp.einsum("BSD,NHD->BSNH", normed_BSD, self.q[...])
         if self.q_norm is not None:
             q_BSNH = self.q_norm(q_BSNH)
-        every_B = jnp.full(x_BSD.shape[0], x_BSD.shape[1], jnp.int32)  # the padding is on the right: causal hides it
-        mixed_BSNH = attention(rotate(q_BSNH, rotary), k_BSKH, v_BSKH, every_B, causal=True)
+        full_B = jnp.full(x_BSD.shape[0], x_BSD.shape[1], jnp.int32)  # the padding is on the right: causal hides it
+        mixed_BSNH = attention(rotate(q_BSNH, rotary), k_BSKH, v_BSKH, full_B, causal=True)
         x_BSD = constrain(x_BSD + jnp.einsum("BSNH,DNH->BSD", mixed_BSNH, self.o[...]), "BSD")
         x_BSD = constrain(x_BSD + self.mlp(self.mlp_norm(x_BSD)), "BSD")
         return x_BSD, (k_gen_BSKH, v_BSKH)
@@ -111,14 +111,14 @@ class GenLayer(nnx.Module):
         self.mlp = MLP(config)
 
     def __call__(self, x_BGD: jax.Array, rotary: Rotary, prefix: Prefix) -> jax.Array:
-        """`prefix` is this layer's: k and v are [B, S, K, H]."""
+        """`prefix` is this layer's."""
         normed_BGD = self.norm(x_BGD)
         q_BGNH = rotate(self.q_norm(jnp.einsum("BGD,NHD->BGNH", normed_BGD, self.q[...])), rotary)
         k_BGKH = rotate(self.k_norm(jnp.einsum("BGD,KHD->BGKH", normed_BGD, self.k[...])), rotary)
         v_BGKH = jnp.einsum("BGD,KHD->BGKH", normed_BGD, self.v[...])
         # Keys are already rotated, so their order is free: text last makes its padding the tail, and a length the mask.
-        k_BMKH = jnp.concatenate([k_BGKH, prefix.k_LBSKH], axis=1)
-        v_BMKH = jnp.concatenate([v_BGKH, prefix.v_LBSKH], axis=1)
+        k_BMKH = jnp.concatenate([k_BGKH, prefix.k], axis=1)
+        v_BMKH = jnp.concatenate([v_BGKH, prefix.v], axis=1)
         mixed_BGNH = attention(q_BGNH, k_BMKH, v_BMKH, x_BGD.shape[1] + prefix.length_B)
         x_BGD = constrain(x_BGD + jnp.einsum("BGNH,DNH->BGD", mixed_BGNH, self.o[...]), "BGD")
         return constrain(x_BGD + self.mlp(self.mlp_norm(x_BGD)), "BGD")
@@ -138,11 +138,11 @@ class GenTower(nnx.Module):
         self.b_out = vector(config, "C")
 
     def velocity(
-        self, x_thwc: jax.Array, timestep: jax.Array, noisy_t: jax.Array, rotary: Rotary, prefix: Prefix, *, unroll: int = 1
+        self, x_thwc: jax.Array, timestep: jax.Array, is_given_t: jax.Array, rotary: Rotary, prefix: Prefix, *, unroll: int = 1
     ) -> jax.Array:
         """The velocity, float32 [B, t, h, w, c], of latents that all branches share.
 
-        `timestep` in [0, 1000]; `noisy_t` says which latent frames are noisy: a given frame gets no timestep embedding.
+        `timestep` in [0, 1000]. A given latent frame is clean and gets no timestep embedding.
         """
         graph, weights = nnx.split(self.layers)
 
@@ -152,14 +152,13 @@ class GenTower(nnx.Module):
 
         x_GC = patchify(x_thwc.astype(self.w_in.dtype), self.patch_size)
         x_GD = x_GC @ self.w_in[...].T + self.b_in[...]
-        noisy_G = jnp.repeat(noisy_t, x_GD.shape[0] // noisy_t.shape[0])
-        x_GD += jnp.where(noisy_G[:, None], self.timestep_embedding(timestep).astype(x_GD.dtype), 0)
+        is_given_G = jnp.repeat(is_given_t, x_GD.shape[0] // is_given_t.shape[0])
+        x_GD += jnp.where(is_given_G[:, None], 0, self.timestep_embedding(timestep).astype(x_GD.dtype))
         x_BGD = constrain(jnp.broadcast_to(x_GD, (prefix.length_B.shape[0], *x_GD.shape)), "BGD")
-        x_BGD, _ = jax.lax.scan(layer, x_BGD, (weights, prefix.k_LBSKH, prefix.v_LBSKH), unroll=unroll)
-        # float32: guidance would multiply the rounding of each branch by its scale.
-        v_BGC = jnp.einsum("BGD,CD->BGC", self.norm(x_BGD), self.w_out[...], preferred_element_type=jnp.float32)
-        v_BGC += self.b_out[...].astype(jnp.float32)
-        return unpatchify(v_BGC, x_thwc.shape, self.patch_size)
+        x_BGD, _ = jax.lax.scan(layer, x_BGD, (weights, prefix.k, prefix.v), unroll=unroll)
+        # Unlike diffusers: float32, because guidance multiplies the rounding of each branch.
+        velocity_BGC = jnp.einsum("BGD,CD->BGC", self.norm(x_BGD), self.w_out[...], preferred_element_type=jnp.float32)
+        return unpatchify(velocity_BGC + self.b_out[...].astype(jnp.float32), x_thwc.shape, self.patch_size)
 
 
 def patchify(x_thwc: jax.Array, size: int) -> jax.Array:

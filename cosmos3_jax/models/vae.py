@@ -109,7 +109,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, past: Past) -> tuple[jax.Array, Past]:
         t, h, w, c = x.shape
         q, k, v = jnp.split(self.to_qkv(self.norm(x)).reshape(t, h * w, 1, 3 * c), 3, axis=-1)
-        mixed = chunked_attention(q, k, v, jnp.full(t, h * w))
+        mixed = chunked_attention(q, k, v, jnp.full(t, h * w))  # cuDNN's kernel has no heads of 640 or 1024 channels
         return x + self.proj(mixed.reshape(x.shape)), past
 
 
@@ -158,7 +158,7 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: jax.Array, past: Past) -> tuple[jax.Array, Past]:
         if self.time_conv is not None:
-            if past is None:  # the first frame passes by, and the second does not remember it
+            if past is None:  # the first frame skips time_conv, and the second sees zeros before it
                 past = jnp.zeros((2, *x.shape[1:]), x.dtype)
             else:
                 y, past = self.time_conv(x, past)
@@ -287,6 +287,7 @@ class VAE(nnx.Module):
         return stream(decoder, z, 1)
 
     def _statistics(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """(mean, 1 / std) of the latents, both rounded to `dtype` as the reference rounds them."""
         return jnp.asarray(self.config.latents_mean, dtype), 1 / jnp.asarray(self.config.latents_std, dtype)
 
 
