@@ -117,7 +117,7 @@ def locate(path: str | Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises InputError if there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: missing; is the checkpoint complete?") from error
     except ValueError as error:

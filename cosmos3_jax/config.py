@@ -20,7 +20,7 @@ def _fields(cls: type, file: str, json: Mapping[str, Any]) -> dict[str, Any]:
     """
     known = {}
     for field in dataclasses.fields(cls):
-        value = json.get(field.name)
+        value: Any = json.get(field.name)
         if value is None:
             continue
         value = tuple(value) if isinstance(value, list) else value
@@ -29,6 +29,8 @@ def _fields(cls: type, file: str, json: Mapping[str, Any]) -> dict[str, Any]:
             value = float(value)
         if field.default is not None and type(value) is not kind:
             raise InputError(f"{file}: {field.name}={value!r} is not of the type of {field.default!r}")
+        if kind in (int, float) and not (value > 0 or (value == 0 and field.name.endswith("margin"))):
+            raise InputError(f"{file}: {field.name}={value!r} should be above 0")
         known[field.name] = value
     return known
 
@@ -85,7 +87,7 @@ class TransformerConfig:
                 f"transformer/config.json: num_key_value_heads={config.num_key_value_heads} does not divide "
                 f"num_attention_heads={config.num_attention_heads}"
             )
-        if len(config.rope_axes_dim) != 3:
+        if len(config.rope_axes_dim) != 3 or any(type(slots) is not int for slots in config.rope_axes_dim):
             raise InputError(f"transformer/config.json: rope_axes_dim={list(config.rope_axes_dim)} should be slots of t, h, w")
         if json.get("patch_latent_dim", config.sizes["C"]) != config.sizes["C"]:
             raise InputError(

@@ -42,7 +42,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     """Checks everything, loads, generates, writes, and tells."""
     checkpoint = Checkpoint.open(BUILT_IN if arguments.checkpoint is None else arguments.checkpoint)
     request = resolve(_request(arguments), checkpoint.transformer, checkpoint.vae)
-    out = Path(arguments.out or ("cosmos3.png" if request.metadata.is_image else "cosmos3.mp4"))
+    default = "cosmos3.png" if request.metadata.is_image else "cosmos3.mp4"
+    out = Path(default if arguments.out is None else arguments.out)
     media.check_writable(out, request.num_frames)
     request = open_media(request, checkpoint.vae)
     mesh = make_mesh(arguments.cfg, arguments.tp)
@@ -102,7 +103,7 @@ def _settings(request: ResolvedRequest) -> dict[str, object]:
 
 def _read_text(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise InputError(f"@{path}: no text file that can be read ({error})") from error
 

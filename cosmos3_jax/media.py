@@ -76,27 +76,27 @@ def fit_image(image: Image.Image | np.ndarray, height: int, width: int) -> np.nd
         pixels = pixels * np.float32(255)
     scale = max(width / pixels.shape[1], height / pixels.shape[0])
     rows, columns = math.ceil(scale * pixels.shape[0]), math.ceil(scale * pixels.shape[1])
-    pixels = resize(resize(pixels, columns, axis=1), rows, axis=0)
     top, left = round((rows - height) / 2), round((columns - width) / 2)
-    pixels = pixels[top : top + height, left : left + width]
+    pixels = resize(pixels, columns, range(left, left + width), axis=1)
+    pixels = resize(pixels, rows, range(top, top + height), axis=0)
     return np.clip(np.round(pixels), 0, 255) / np.float32(127.5) - 1
 
 
-def resize(x: np.ndarray, size: int, axis: int) -> np.ndarray:
-    """One axis of a float32 array at another size, bilinear and antialiased, with torch's rounding.
+def resize(x: np.ndarray, size: int, part: range, axis: int) -> np.ndarray:
+    """Part of one axis of a float32 array at another size, bilinear and antialiased, with torch's rounding.
 
     Pillow has this filter too, but its tables differ: of a 481x722 image 864 values then round to another uint8. Here a
     product is added to a sum before rounding to float32, as torch's compiled loop does (a fused multiply-add).
     Source: torch 2.13, aten/src/ATen/native/cpu/UpSampleKernel.cpp.
     """
     f32 = np.float32
-    if x.shape[axis] == size:
-        return x
     x = np.moveaxis(x, axis, 0)
+    if len(x) == size:
+        return np.moveaxis(x[part.start : part.stop], 0, axis)
     scale = f32(x.shape[0]) / f32(size)
     support = max(scale, f32(1))
-    out = np.empty((size, *x.shape[1:]), f32)
-    for i in range(size):
+    out = np.empty((len(part), *x.shape[1:]), f32)
+    for row_out, i in zip(out, part, strict=True):
         center = scale * f32(i + 0.5)
         low = max(int(center - support + f32(0.5)), 0)
         high = min(int(center + support + f32(0.5)), x.shape[0])
@@ -106,7 +106,7 @@ def resize(x: np.ndarray, size: int, axis: int) -> np.ndarray:
         total = x[low] * weight[0]
         for row, w in zip(x[low + 1 : high], weight[1:], strict=True):
             total = (total + row.astype(np.float64) * w).astype(f32)
-        out[i] = total
+        row_out[...] = total
     return np.moveaxis(out, 0, axis)
 
 

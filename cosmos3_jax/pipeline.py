@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -127,23 +127,43 @@ class Cosmos3Pipeline:
         prompt: str,
         negative_prompt: str | None = None,
         *,
+        image: Any = None,
+        video: Any = None,
+        condition_frame_indexes_vision: Sequence[int] = (0, 1),
+        condition_video_keep: str = "first",
+        num_frames: int = 189,
+        height: int = 720,
+        width: int = 1280,
+        fps: float = 24.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        flow_shift: float | None = None,
+        sigmas: str = "native",
+        enable_sound: bool = False,
+        seed: int = 42,
+        latents: Any = None,
+        sound_latents: Any = None,
+        prompt_style: str = "native",
+        output_type: str = "np",
+        steps_per_call: int = 1,
         callback_on_step_end: Callable[[int, int, jax.Array], Any] | None = None,
         progress: bool = True,
-        **settings: Any,
     ) -> Result:
-        """Generates. `settings` are the other fields of `Request`: image, video, num_frames, height, width, fps, seed, …
+        """Generates; what each setting means stands at its field of `Request`.
 
         `callback_on_step_end(step, timestep, latents [1, c, t, h, w])` may return new latents, or False to end the run after
         this step; with `steps_per_call` > 1 it is called for the last step of each call. Raises InputError for a value that
         cannot be used.
         """
-        request = Request(prompt, negative_prompt, **settings)
-        return self.run(request, callback_on_step_end=callback_on_step_end, progress=progress)
+        asked = {name: value for name, value in locals().items() if name not in ("self", "callback_on_step_end", "progress")}
+        return self.run(Request(**asked), callback_on_step_end=callback_on_step_end, progress=progress)
 
     def run(self, request: Request, *, callback_on_step_end: Callable | None = None, progress: bool = True) -> Result:
         """Generates what `request` asks for; `__call__` with a value instead of words."""
         request = resolve(request, self.checkpoint.transformer, self.checkpoint.vae)
         request = open_media(request, self.checkpoint.vae)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise InputError(f"callback_on_step_end: a function is expected, not {type(callback_on_step_end).__name__}")
         steps = self._steps(request)
         seconds: dict[str, float] = {}
         precision = "highest" if self.dtype == "float32" else None  # else GPUs round float32 to TF32, 10 bits
@@ -267,11 +287,12 @@ def _public_callback(callback: Callable, steps: sampler.Steps) -> sampler.OnStep
 
     def on_step(step: int, latents_thwc: jax.Array) -> Any:
         answer = callback(step, int(steps.timestep[step]), _public(latents_thwc))
-        if answer is None or isinstance(answer, bool):
-            return answer
+        if answer is None or isinstance(answer, bool | np.bool_):
+            return answer if answer is None else bool(answer)
         expected = (1, latents_thwc.shape[-1], *latents_thwc.shape[:-1])
-        if np.shape(answer) != expected:
-            raise InputError(f"callback_on_step_end returned latents of shape {np.shape(answer)}, expected {expected}")
+        if getattr(answer, "shape", None) != expected:
+            what = f"an array of shape {answer.shape}" if hasattr(answer, "shape") else type(answer).__name__
+            raise InputError(f"callback_on_step_end returned {what}; latents {expected}, False or None are expected")
         return jax.device_put(jnp.moveaxis(jnp.asarray(answer, jnp.float32)[0], 0, -1), latents_thwc.sharding)
 
     return on_step

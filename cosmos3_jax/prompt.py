@@ -101,7 +101,7 @@ def _with_sentences(text: str, metadata: Metadata, no: str = "") -> str:
 def _json_object(text: str) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter of thousands of brackets
         return None
     return value if isinstance(value, dict) else None
 

@@ -4,9 +4,7 @@ Names are those of diffusers where it has them.
 """
 
 import dataclasses
-import math
 import numbers
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -77,9 +75,7 @@ def resolve(request: Request, transformer: TransformerConfig, vae: VAEConfig) ->
         able = "this version makes no sound yet" if transformer.sound_gen else "this checkpoint has no sound heads"
         raise InputError(f"enable_sound: {able}; leave it out")
     if request.latents is not None:
-        expected = [1, vae.z_dim, *vae.latent_shape(request.num_frames, request.height, request.width)]
-        if list(np.shape(request.latents)) != expected:
-            raise InputError(f"latents: shape {list(np.shape(request.latents))} should be {expected}")
+        _check_latents(request, vae)
     if request.sigmas == "karras" and request.flow_shift is not None:
         warnings.warn(f'flow_shift={request.flow_shift} has no effect with sigmas="karras"', stacklevel=2)
     image = {"num_inference_steps": 50, "guidance_scale": 4.0, "flow_shift": 3.0}
@@ -92,8 +88,8 @@ def _is_whole(value: Any, least: int = 0) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
 
 
-def _is_finite(value: Any, above: float) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and above < value <= sys.float_info.max  # type: ignore[operator]
+def _is_within(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high  # type: ignore[operator]
 
 
 def _check_types(request: Request) -> None:
@@ -111,10 +107,11 @@ def _check_types(request: Request) -> None:
             raise InputError(f"{name}={value!r}: a whole number of at least {least} is expected")
     if request.seed >= 2**32:
         raise InputError(f"seed={request.seed}: it must be below 2^32 = {2**32}")
-    for name, above in {"fps": 0.0, "flow_shift": 0.0, "guidance_scale": -math.inf}.items():
+    ranges: dict[str, tuple[float, float]] = {"fps": (0.1, 1000), "flow_shift": (0.01, 1000), "guidance_scale": (-1000, 1000)}
+    for name, (low, high) in ranges.items():
         value = getattr(request, name)
-        if not _is_finite(value, above) and not (value is None and name != "fps"):
-            raise InputError(f"{name}={value!r}: a finite number{' above 0' if above == 0 else ''} is expected")
+        if not _is_within(value, low, high) and not (value is None and name != "fps"):
+            raise InputError(f"{name}={value!r}: a number from {low} to {high} is expected")
     choices = {
         "sigmas": GRIDS,
         "prompt_style": STYLES,
@@ -125,6 +122,20 @@ def _check_types(request: Request) -> None:
         value = getattr(request, name)
         if not isinstance(value, str) or value not in allowed:
             raise InputError(f"{name}={value!r}: one of {', '.join(allowed)} is expected")
+
+
+def _check_latents(request: Request, vae: VAEConfig) -> None:
+    """Finite numbers of the shape that the request's size has."""
+    expected = (1, vae.z_dim, *vae.latent_shape(request.num_frames, request.height, request.width))
+    try:
+        latents = np.asarray(request.latents)
+        usable = latents.dtype.kind in "uif" and bool(np.isfinite(latents).all())
+    except (TypeError, ValueError, RuntimeError):  # ragged lists; tensors that numpy cannot take
+        usable = False
+    if not usable:
+        raise InputError("latents: an array of finite real numbers is expected")
+    if latents.shape != expected:
+        raise InputError(f"latents: shape {list(latents.shape)} should be {list(expected)}")
 
 
 def _check_sizes(request: Request, vae: VAEConfig) -> None:

@@ -140,6 +140,12 @@ def test_a_value_of_another_type_is_refused_by_name(kind, key, value):
         kind.from_json({"is_residual": True, key: value})
 
 
+@pytest.mark.parametrize(("key", "value"), [("num_key_value_heads", 0), ("hidden_size", -64), ("base_fps", 0.0)])
+def test_sizes_are_above_zero(key, value):
+    with pytest.raises(InputError, match=f"{key}={value} should be above 0"):
+        TransformerConfig.from_json({key: value})
+
+
 def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="num_key_value_heads=3 does not divide num_attention_heads=32"):
         TransformerConfig.from_json({"num_key_value_heads": 3})

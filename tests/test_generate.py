@@ -180,7 +180,7 @@ def test_a_warning_is_a_line():
 WRONG = [
     ("--num-frames 10", "num_frames=10: .* use 9 or 13"),
     ("--height 100", "height=100 is not a multiple of 16; use 96 or 112"),
-    ("--fps nan", "fps=nan: a finite number above 0 is expected"),
+    ("--fps nan", "fps=nan: a number from 0.1 to 1000 is expected"),
     ("--seed -1", "seed=-1: a whole number of at least 0 is expected"),
     ("--steps 0", "num_inference_steps=0: a whole number of at least 1 is expected"),
     ("--sound", "enable_sound: .*; leave it out"),

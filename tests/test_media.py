@@ -151,6 +151,11 @@ def test_lists_that_are_no_clip_are_refused(clip):
         media.fit_clip(clip, 16, 16)
 
 
+def test_a_strip_of_an_image_is_cut_before_it_is_resized():
+    """It would be 80 x 4,800,000; only the part that is kept is made."""
+    assert media.fit_image(np.full((1, 100_000, 3), 255, np.uint8), 48, 80).min() == 1
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, 256.0, -2.0])
 def test_arrays_of_other_values_are_refused(value):
     with pytest.raises(InputError, match=r"^image: integers in \[0, 255\], or floats"):

@@ -1,6 +1,8 @@
 """The whole plot: equal to the reference in every mode, compiled once, and what comes back."""
 
+import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 
 import cases
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from metrics import errors, sample
 
-from cosmos3_jax import InputError, media
+from cosmos3_jax import InputError, Request, media
 from cosmos3_jax.models.transformer import UndTower
 from cosmos3_jax.pipeline import encode
 
@@ -137,7 +139,7 @@ def test_callback_replaces_latents_and_ends_the_run(pipes):
 
 
 def test_callback_with_another_shape_is_refused(pipes):
-    with pytest.raises(InputError, match=r"callback_on_step_end returned latents of shape \(3,\)"):
+    with pytest.raises(InputError, match=r"callback_on_step_end returned an array of shape \(3,\); latents"):
         pipes("small")("text", callback_on_step_end=lambda *_: np.zeros(3), **SMALL)
 
 
@@ -167,3 +169,15 @@ def test_latents_are_no_file(pipes, tmp_path):
 def test_from_pretrained_refuses(settings, sentence, folders, pipes):
     with pytest.raises(InputError, match=sentence):
         type(pipes("small")).from_pretrained(**({"path": folders("small")} | settings))
+
+
+def test_settings_have_the_defaults_of_a_request(pipes):
+    parameters = inspect.signature(pipes("small").__call__).parameters
+    for field in dataclasses.fields(Request)[1:]:
+        assert parameters[field.name].default == field.default
+    assert parameters.keys() - {field.name for field in dataclasses.fields(Request)} == {"callback_on_step_end", "progress"}
+
+
+def test_a_callback_that_cannot_be_called_is_refused(pipes):
+    with pytest.raises(InputError, match="callback_on_step_end: a function is expected, not str"):
+        pipes("small")("text", callback_on_step_end="stop", **SMALL)

@@ -109,6 +109,10 @@ def test_negative_prompts(negative, metadata, native, diffusers):
     assert diffusers_texts("A cat", negative, metadata)[1] == diffusers
 
 
+def test_brackets_without_end_are_plain_text():
+    assert native_texts("[" * 5000, None, IMAGE, "")[0].startswith("[[[")
+
+
 @pytest.mark.parametrize("name", WRITTEN_BY_STYLE)
 def test_texts_of_the_style_diffusers_are_the_references(name):
     golden = GOLDENS[name]

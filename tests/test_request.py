@@ -83,10 +83,18 @@ def test_whole_numbers(name):
             ask(**{name: value})
 
 
-@pytest.mark.parametrize(("name", "values"), [("fps", [0, -24.0]), ("flow_shift", [0.0, -1]), ("guidance_scale", [])])
-def test_finite_numbers(name, values):
+@pytest.mark.parametrize(
+    ("name", "low", "high", "values"),
+    [
+        ("fps", 0.1, 1000, [0, -24.0, 1e300, np.float32("inf")]),
+        ("flow_shift", 0.01, 1000, [0.0, -1, 10**400]),
+        ("guidance_scale", -1000, 1000, [1e300, np.float32("nan")]),
+    ],
+)
+def test_numbers_within_a_range(name, low, high, values):
+    assert getattr(ask(**{name: np.float32(2.5)}), name) == 2.5
     for value in values + NO_NUMBERS:
-        expected = f"{name}={value!r}: a finite number{'' if name == 'guidance_scale' else ' above 0'} is expected"
+        expected = f"{name}={value!r}: a number from {low} to {high} is expected"
         with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
             ask(**{name: value})
 
@@ -118,7 +126,9 @@ REFUSED = [
     ({"enable_sound": True, "transformer": EDGE}, "enable_sound: this checkpoint has no sound heads; leave it out"),
     ({"num_frames": 5, "latents": np.zeros((48, 2, 45, 80))}, "shape [48, 2, 45, 80] should be [1, 48, 2, 45, 80]"),
     ({"num_frames": 5, "latents": np.zeros((1, 48, 5, 45, 80))}, "[1, 48, 5, 45, 80] should be [1, 48, 2, 45, 80]"),
-    ({"latents": "noise"}, "latents: shape [] should be [1, 48, 48, 45, 80]"),
+    ({"latents": "noise"}, "latents: an array of finite real numbers is expected"),
+    ({"latents": [[1.0], [1.0, 2.0]]}, "latents: an array of finite real numbers is expected"),
+    ({"latents": np.full((1, 48, 48, 45, 80), np.nan)}, "latents: an array of finite real numbers is expected"),
 ]
 
 
