@@ -96,6 +96,8 @@ def _settings(request: ResolvedRequest) -> dict[str, object]:
             value = f"{len(value)} frames of {value[0].width}x{value[0].height}"
         if value is not None and field.name not in ("output_type", "enable_sound"):
             settings[field.name] = value
+    if request.sigmas == "karras":  # where it has no effect
+        del settings["flow_shift"]
     if request.video is None:
         del settings["condition_frame_indexes_vision"], settings["condition_video_keep"]
     return settings

@@ -30,7 +30,7 @@ def ratios(pipe: Cosmos3Pipeline, name: str, goldens) -> list[str]:
 
 
 def main() -> None:
-    rows = {name: [] for name in cases.CASES} | {f"{name}, bf16": [] for name in cases.BF16_CASES}
+    exact_rows, rough_rows = ({name: [] for name in names} for names in (cases.CASES, cases.BF16_CASES))
     for family, config in cases.FAMILIES.items():
         goldens = np.load(GOLDENS / f"{family}.npz")
         with tempfile.TemporaryDirectory() as folder:
@@ -38,13 +38,14 @@ def main() -> None:
             pipes = {dtype: Cosmos3Pipeline.from_pretrained(folder, dtype=dtype) for dtype in ("float32", "bfloat16")}
         for name, case in cases.CASES.items():
             exact = outputs(pipes["float32"], case)
-            rows[name] += [f"{errors(x, goldens[f'{name}.{key}'])[1]:.1e}" for key, x in exact.items()]
+            exact_rows[name] += [f"{errors(x, goldens[f'{name}.{key}'])[1]:.1e}" for key, x in exact.items()]
         for name in cases.BF16_CASES:
-            rows[f"{name}, bf16"] += ratios(pipes["bfloat16"], name, goldens)
+            rough_rows[name] += ratios(pipes["bfloat16"], name, goldens)
     titles = [f"{family}: {output}" for family in cases.FAMILIES for output in ("latents", "frames")]
-    print(f"| case | {' | '.join(titles)} |\n|---|{'---|' * len(titles)}")
-    for name, cells in rows.items():
-        print(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+    for what, rows in {"float32": exact_rows, "bf16": rough_rows}.items():
+        print(f"\n| {what} | {' | '.join(titles)} |\n|---|{'---|' * len(titles)}")
+        for name, cells in rows.items():
+            print(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
