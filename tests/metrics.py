@@ -1,6 +1,11 @@
-"""How outputs are compared, and what of a long one is recorded."""
+"""Random inputs, how outputs are compared, and what of a long one is recorded."""
 
 import numpy as np
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    """Standard normal float32 numbers."""
+    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
 
 
 def sample(video: np.ndarray) -> np.ndarray:

@@ -5,15 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from metrics import random
 
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.config import TINY
 from cosmos3_jax.models.layers import QUERY_CHUNK, RMSNorm, Rotary, TimestepEmbedding, attention, rotate
 from cosmos3_jax.weights import random_weights, split
-
-
-def random(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
 
 
 def filled(module: nnx.Module) -> nnx.Module:

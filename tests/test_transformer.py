@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from metrics import random
 
 from cosmos3_jax import Cosmos3Pipeline, positions
 from cosmos3_jax.models.layers import Rotary
@@ -16,10 +17,6 @@ SHAPE = (3, 5, 6)  # latent frames, rows (odd, so that patches are padded), colu
 NOTHING_GIVEN = np.zeros(3, bool)
 
 compiled_velocity = jax.jit(velocity)
-
-
-def random(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
 
 
 class Towers:

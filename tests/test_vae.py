@@ -8,15 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from metrics import errors
+from metrics import errors, random
 
 from cosmos3_jax.models.vae import average_down, fold, repeat_up, stream, uint8, unfold, unit
 from cosmos3_jax.pipeline import decode, encode
 from cosmos3_jax.weights import Network, Weight, by_path, map_weights
-
-
-def random(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
 
 
 @pytest.fixture
