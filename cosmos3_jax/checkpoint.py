@@ -208,12 +208,10 @@ def load(checkpoint: Checkpoint, und: Network, gen: Network, vae: Network) -> tu
     und_names, gen_names = file_names(UND_NAMES, und, layers), file_names(GEN_NAMES, gen, layers)
     vae_names = vae_file_names(vae)
     towers, autoencoder = (TensorFolder(checkpoint.folder / part) for part in ("transformer", "vae"))
-    wanted = file_shapes(und, und_names) | file_shapes(gen, gen_names)
-    problems = [f"transformer: {line}" for line in audit(wanted, towers.shapes(), unused_tensors(checkpoint.transformer))]
-    problems += [f"vae: {line}" for line in audit(file_shapes(vae, vae_names), autoencoder.shapes(), ())]
-    problems += [
-        f"{part}: {line}" for part, files in (("transformer", towers), ("vae", autoencoder)) for line in files.odd_kinds()
-    ]
+    in_towers = file_shapes(und, und_names) | file_shapes(gen, gen_names)
+    of_towers = audit(in_towers, towers.shapes(), unused_tensors(checkpoint.transformer)) + towers.odd_kinds()
+    of_vae = audit(file_shapes(vae, vae_names), autoencoder.shapes(), ()) + autoencoder.odd_kinds()
+    problems = [f"transformer: {line}" for line in of_towers] + [f"vae: {line}" for line in of_vae]
     if problems:
         listing = "\n  ".join(problems)
         raise InputError(f"{checkpoint.folder}: {len(problems)} faults in the tensors\n  {listing}")
@@ -234,6 +232,7 @@ def read_weights(network: Network, names: Mapping[str, list[str]], files: Tensor
 
     def fill(path: str, w: Weight) -> jax.Array:
         tensors = [arrange(files.read(name), w) for name in names[path]]
+        # not np.stack: of a text tower with one layer, a stack holds none
         value = (tensors[0] if len(tensors) == 1 else np.array(tensors, w.dtype)).reshape(w.shape)
         return jax.make_array_from_callback(w.shape, w.get_value().sharding, lambda index: value[index])
 

@@ -287,8 +287,10 @@ def _public_callback(callback: Callable, steps: sampler.Steps) -> sampler.OnStep
 
     def on_step(step: int, latents_thwc: jax.Array) -> Any:
         answer = callback(step, int(steps.timestep[step]), _public(latents_thwc))
-        if answer is None or isinstance(answer, bool | np.bool_):
-            return answer if answer is None else bool(answer)
+        if answer is None:
+            return None
+        if isinstance(answer, bool | np.bool_):
+            return bool(answer)
         expected = (1, latents_thwc.shape[-1], *latents_thwc.shape[:-1])
         if getattr(answer, "shape", None) != expected:
             what = f"an array of shape {answer.shape}" if hasattr(answer, "shape") else type(answer).__name__

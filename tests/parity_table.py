@@ -8,19 +8,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import cases
 import numpy as np
-from metrics import errors, sample
+from metrics import errors, outputs
 
 from convert.random_checkpoint import write_checkpoint
 from cosmos3_jax import Cosmos3Pipeline
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
-
-
-def outputs(pipe: Cosmos3Pipeline, case: dict) -> dict[str, np.ndarray]:
-    """Latents after the last step, and the sample of the frames that is recorded."""
-    steps = []
-    result = pipe(**case, callback_on_step_end=lambda _step, _timestep, x: steps.append(np.asarray(x)), progress=False)
-    return {"latents": steps[-1], "video": sample(result.video)}
 
 
 def ratios(pipe: Cosmos3Pipeline, name: str, goldens) -> list[str]:
