@@ -1,8 +1,7 @@
 """The letters: what every dimension is called, and which mesh axis it is divided over.
 
 Arrays end in their shape, one letter a dimension (`k_LBSKH`), and a weight is declared by its letters (`"NHD"`). The
-whole sharding policy of the transformer is the table `MESH_AXIS`: a letter that is not in it is whole on every device.
-Pixels and latents are not lettered here; they use lower-case t h w c.
+whole sharding policy is the table `MESH_AXIS`: a letter that is not in it is whole on every device.
 
     B  CFG branch: row 0 conditional, row 1 unconditional (one row when guidance is off)
     S  text tokens of a prompt, padded to its bucket         L  layers
@@ -12,17 +11,20 @@ Pixels and latents are not lettered here; they use lower-case t h w c.
     C  channels of one latent patch                          H  head dimension
     E  frequencies of the timestep embedding                 F  width of the MLP
     V  vocabulary
+
+Pixels and latents use lower-case t h w c (frames, rows, columns, channels). Rows and columns are divided while a video is
+decoded, by the same devices in another arrangement (`picture_mesh`).
 """
 
 from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cosmos3_jax.config import InputError
 
-MESH_AXIS = {"B": "cfg", "N": "tp", "K": "tp", "F": "tp"}
+MESH_AXIS = {"B": "cfg", "N": "tp", "K": "tp", "F": "tp", "h": "h", "w": "w"}
 
 
 def make_mesh(cfg: int = 1, tp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -42,25 +44,56 @@ def make_mesh(cfg: int = 1, tp: int = 1, devices: Sequence[jax.Device] | None = 
             f"cfg={cfg} x tp={tp} needs {cfg * tp} devices, but there are {len(present)}; "
             f"cfg={fits} x tp={len(present) // fits} would fit"
         )
-    grid = np.array(present[: cfg * tp]).reshape(cfg, tp)
-    return Mesh(grid, ("cfg", "tp"), axis_types=(AxisType.Auto, AxisType.Auto))
+    return _mesh(np.array(present[: cfg * tp]).reshape(cfg, tp), ("cfg", "tp"))
 
 
-def spec(dims: str) -> PartitionSpec:
-    """How an array with these letters is divided: `spec("NHD")` is `P("tp", None, None)`."""
-    return PartitionSpec(*(MESH_AXIS.get(letter) for letter in dims))
+def picture_mesh(mesh: Mesh, h: int, w: int) -> Mesh:
+    """The devices of `mesh`, in the same order, as a mesh `("h", "w")` that divides h rows and w columns.
+
+    Of all arrangements, the one that pads h and w least to divide evenly; of these, the one with the shortest borders.
+    """
+    count = mesh.size
+
+    def cost(rows: int) -> tuple[int, int]:
+        columns = count // rows
+        return padded(h, rows) * padded(w, columns), (rows - 1) * w + (columns - 1) * h
+
+    rows = min((rows for rows in range(1, count + 1) if count % rows == 0), key=cost)
+    return _mesh(mesh.devices.reshape(rows, count // rows), ("h", "w"))
+
+
+def padded(size: int, parts: int) -> int:
+    """`size`, or the next number that divides into `parts`."""
+    if parts > 1:
+        size = max(size, 3)  # XLA's partitioner takes a 3x3 convolution over 2 rows for a matrix product, and gets it wrong
+    return -(-size // parts) * parts
+
+
+def _mesh(devices: np.ndarray, names: tuple[str, ...]) -> Mesh:
+    return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def spec(dims: str, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """How an array with these letters is divided over `mesh`: `spec("NHD", mesh)` is `P("tp", None, None)`.
+
+    A letter whose axis the mesh does not have is whole.
+    """
+    axes = (MESH_AXIS.get(letter) for letter in dims)
+    return PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in axes))
 
 
 def sharding(mesh: Mesh, dims: str) -> NamedSharding:
     """The placement on `mesh` of an array with these letters; `""` is whole on every device."""
-    return NamedSharding(mesh, spec(dims))
+    return NamedSharding(mesh, spec(dims, mesh))
 
 
-def inside_mesh() -> bool:
-    """Whether the code being traced runs under `jax.set_mesh`; layers called alone, as in tests, do not."""
-    return not jax.sharding.get_abstract_mesh().empty
+def current_mesh() -> AbstractMesh | None:
+    """The mesh under which the code being traced runs (`jax.set_mesh`); none for layers called alone, as in tests."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
 
 
 def constrain(x: jax.Array, dims: str) -> jax.Array:
-    """`x`, divided by its letters over the current mesh; `x` itself outside a mesh."""
-    return jax.lax.with_sharding_constraint(x, spec(dims)) if inside_mesh() else x
+    """`x`, divided by its letters over the current mesh (`""`: whole everywhere); `x` itself outside a mesh."""
+    mesh = current_mesh()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(dims, mesh))

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from cosmos3_jax import media, positions, sampler
-from cosmos3_jax.axes import make_mesh, sharding
+from cosmos3_jax.axes import make_mesh, picture_mesh, sharding
 from cosmos3_jax.checkpoint import Checkpoint, load
 from cosmos3_jax.config import InputError, TransformerConfig, VAEConfig
 from cosmos3_jax.models.layers import Rotary
@@ -231,7 +231,7 @@ class Cosmos3Pipeline:
 
     def _given_frames(self, request: ResolvedRequest) -> np.ndarray:
         """What the last given latent frame sees of the clip (the encoder is causal); a short clip repeats its last frame."""
-        count = _frames_needed(request, self.checkpoint.vae)
+        count = frames_needed(request, self.checkpoint.vae)
         part = slice(count) if request.condition_video_keep == "first" else slice(-count, None)
         frames = media.fit_clip(request.video, request.height, request.width, part)
         return np.pad(frames, ((0, count - len(frames)), (0, 0), (0, 0), (0, 0)), mode="edge")
@@ -254,7 +254,8 @@ class Cosmos3Pipeline:
     def _decode(self, latents_thwc: jax.Array, output_type: str) -> Any:
         if output_type == "latent":
             return np.asarray(_public(latents_thwc))
-        frames = np.asarray(decode(self.networks.vae, latents_thwc, unit if output_type == "np" else uint8))
+        with jax.set_mesh(picture_mesh(self.mesh, *latents_thwc.shape[1:3])):
+            frames = np.asarray(decode(self.networks.vae, latents_thwc, unit if output_type == "np" else uint8))
         return frames if output_type == "np" else media.images(frames)
 
     def _put(self, tree: Any) -> Any:
@@ -267,12 +268,12 @@ def open_media(request: ResolvedRequest, vae: VAEConfig) -> ResolvedRequest:
     if isinstance(request.image, str | Path):
         request = dataclasses.replace(request, image=media.open_image(request.image))
     if isinstance(request.video, str | Path):
-        clip = media.open_clip(request.video, _frames_needed(request, vae), request.condition_video_keep)
+        clip = media.open_clip(request.video, frames_needed(request, vae), request.condition_video_keep)
         request = dataclasses.replace(request, video=clip)
     return request
 
 
-def _frames_needed(request: ResolvedRequest, vae: VAEConfig) -> int:
+def frames_needed(request: ResolvedRequest, vae: VAEConfig) -> int:
     """The frames that the last given latent frame sees."""
     return max(request.condition_frame_indexes_vision) * vae.scale_factor_temporal + 1
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from cosmos3_jax.axes import constrain
 from cosmos3_jax.config import SchedulerConfig
 
 GRIDS = ("native", "linear", "karras")
@@ -149,10 +150,11 @@ def run_steps(velocity: Velocity, inputs: Any, state: State, steps: Steps, given
     """The state after `steps`, and a scalar that is ready when the state is (the state itself is donated onwards)."""
 
     def body(state: State, step: Steps) -> tuple[State, None]:
-        velocity_B = velocity(inputs, state.sample, step.timestep, given.is_given_t)
+        velocity_B = constrain(velocity(inputs, state.sample, step.timestep, given.is_given_t), "")  # the branches meet
         return advance(state, step, guide(velocity_B, step.guidance_scale), given), None
 
     state, _ = jax.lax.scan(body, state, steps)
+    state = jax.tree.map(lambda x: constrain(x, ""), state)  # placed as it came, so that no step compiles again
     return state, state.sample[0, 0, 0, 0]
 
 

@@ -1,8 +1,9 @@
-"""What every test shares: CPU devices, and small random checkpoints written once a session."""
+"""What every test shares: eight CPU devices, and small random checkpoints written once a session."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from convert.random_checkpoint import write_checkpoint
-from cosmos3_jax import Cosmos3Pipeline
+from cosmos3_jax import Cosmos3Pipeline, make_mesh
 
 DATA = Path(__file__).parent / "data"
 
@@ -39,13 +40,14 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pipes(folders):
-    """`pipes(family, dtype)`: its pipeline on one device, loaded on first use."""
+    """`pipes(family, dtype, cfg, tp)`: its pipeline on cfg x tp devices (one, if not given), loaded on first use."""
     made = {}
 
-    def pipe(family: str, dtype: str = "float32") -> Cosmos3Pipeline:
-        if (family, dtype) not in made:
-            made[family, dtype] = Cosmos3Pipeline.from_pretrained(folders(family), dtype=dtype)
-        return made[family, dtype]
+    def pipe(family: str, dtype: str = "float32", cfg: int = 1, tp: int = 1) -> Cosmos3Pipeline:
+        key = family, dtype, cfg, tp
+        if key not in made:
+            made[key] = Cosmos3Pipeline.from_pretrained(folders(family), mesh=make_mesh(cfg, tp), dtype=dtype)
+        return made[key]
 
     return pipe
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from cosmos3_jax.axes import constrain, inside_mesh, make_mesh, sharding, spec
+from cosmos3_jax.axes import constrain, current_mesh, make_mesh, padded, picture_mesh, sharding, spec
 from cosmos3_jax.config import InputError
 
 
@@ -24,7 +24,13 @@ from cosmos3_jax.config import InputError
     ],
 )
 def test_letters_say_how_an_array_is_divided(dims, expected):
-    assert spec(dims) == expected
+    assert spec(dims, AbstractMesh((2, 4), ("cfg", "tp"))) == expected
+
+
+def test_a_letter_is_whole_where_the_mesh_has_no_such_axis():
+    assert spec("thwc", AbstractMesh((2, 4), ("cfg", "tp"))) == P(None, None, None, None)
+    assert spec("thwc", AbstractMesh((2, 4), ("h", "w"))) == P(None, "h", "w", None)
+    assert spec("BSN", AbstractMesh((2, 4), ("h", "w"))) == P(None, None, None)
 
 
 def test_each_device_holds_its_heads_of_its_branch():
@@ -61,15 +67,42 @@ def test_a_mesh_that_does_not_fit_is_refused(cfg, tp, count, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("h", "w", "count", "expected"),
+    [
+        (45, 80, 1, (1, 1)),
+        (45, 80, 8, (1, 8)),  # 720p: ten columns each, nothing padded
+        (80, 45, 8, (8, 1)),
+        (30, 52, 8, (2, 4)),  # 480p: no other way pads nothing
+        (12, 20, 8, (2, 4)),
+        (45, 45, 8, (1, 8)),  # all pad: 45 x 48 is the least
+        (16, 16, 8, (2, 4)),  # none pads: 2 x 4 has the shortest borders
+        (2, 2, 8, (2, 4)),
+        (45, 80, 6, (3, 2)),
+    ],
+)
+def test_a_picture_is_divided_where_it_pads_least(h, w, count, expected):
+    devices = np.arange(count)
+    mesh = picture_mesh(make_mesh(tp=count, devices=devices), h, w)
+    assert tuple(mesh.shape.items()) == tuple(zip("hw", expected, strict=True))
+    np.testing.assert_array_equal(mesh.devices.reshape(-1), devices)  # another order would move the weights
+
+
+@pytest.mark.parametrize(("size", "parts", "expected"), [(45, 8, 48), (80, 8, 80), (1, 1, 1), (2, 1, 2), (2, 2, 4), (3, 3, 3), (1, 4, 4)])
+def test_padded(size, parts, expected):
+    assert padded(size, parts) == expected
+
+
 def test_constrain_needs_no_mesh():
     x = jnp.ones((2, 3, 4))
     assert constrain(x, "BSD") is x
-    assert not inside_mesh()
+    assert current_mesh() is None
 
 
 def test_constrain_divides_inside_a_mesh():
     x = jnp.ones((2, 3, 4))
-    with jax.set_mesh(make_mesh()):
-        assert inside_mesh()
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        assert current_mesh() == mesh.abstract_mesh
         (constraint,) = jax.jit(lambda x: constrain(x, "BSN")).trace(x).jaxpr.eqns
-    assert constraint.params["sharding"].spec == spec("BSN")
+    assert constraint.params["sharding"].spec == P("cfg", None, "tp")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from cosmos3_jax.axes import inside_mesh, spec
+from cosmos3_jax.axes import current_mesh, spec
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.weights import vector, weight
 
@@ -95,12 +95,11 @@ def attention(q_BQNH: jax.Array, k_BMKH: jax.Array, v_BMKH: jax.Array, length_B:
     """
     core = cudnn_attention if _cudnn_can(q_BQNH) else chunked_attention
     core = functools.partial(core, causal=causal)
-    if not inside_mesh():
+    mesh = current_mesh()
+    if mesh is None:
         return core(q_BQNH, k_BMKH, v_BMKH, length_B)
-    kv = spec("BMKH")
-    in_specs = (spec("BQNH"), kv, kv, spec("B"))
-    divided = jax.shard_map(core, in_specs=in_specs, out_specs=spec("BQNH"), check_vma=False)
-    return divided(q_BQNH, k_BMKH, v_BMKH, length_B)
+    q, kv, length = (spec(dims, mesh) for dims in ("BQNH", "BMKH", "B"))
+    return jax.shard_map(core, in_specs=(q, kv, kv, length), out_specs=q, check_vma=False)(q_BQNH, k_BMKH, v_BMKH, length_B)
 
 
 def _cudnn_can(q: jax.Array) -> bool:

@@ -4,11 +4,16 @@ Everything is causal in time, so a clip streams through: the first frame alone, 
 `lax.scan`, each causal convolution carrying the frames it must remember. A block is called as `block(x, past)` and returns
 `(output, past)`; past is None at the start of a clip. Memory holds one latent frame's activations, however long the clip.
 
+Decoding is shared by all devices: rows and columns are divided over the current mesh, and XLA fetches the neighbours' border
+rows that a convolution sees. Where they do not divide evenly the picture gets a `Margin`, kept at zero, as the border of a
+picture is for every convolution: the result is that of one device.
+
 Arrays are channels last, [t, h, w, c]. A causal convolution is a 2-D one over its time taps laid side by side on channels:
 XLA's 3-D convolution is over twice as slow on CPUs and changes layouts on GPUs. Module names are those of the published
 tensors. Reference: diffusers 0.42.1, models/autoencoders/autoencoder_kl_wan.py.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,14 +22,62 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cosmos3_jax.axes import constrain, current_mesh, padded
 from cosmos3_jax.config import VAEConfig
-from cosmos3_jax.models.layers import chunked_attention
 from cosmos3_jax.weights import plain
 
 Past = Any  # a tree of the frames that a block remembers, None at the start of a clip
 
 
-class Conv(nnx.Module):
+@dataclasses.dataclass(frozen=True)
+class Margin:
+    """A picture of h x w in the corner of rows x columns, or of any multiple of them; beyond it are zeros."""
+
+    h: int
+    w: int
+    rows: int
+    columns: int
+
+    def add(self, x: jax.Array) -> jax.Array:
+        """`x`, a picture alone, with its margin of zeros."""
+        return jnp.pad(x, ((0, 0), (0, self.rows - self.h), (0, self.columns - self.w), (0, 0)))
+
+    def crop(self, x: jax.Array) -> jax.Array:
+        """The picture alone."""
+        scale = x.shape[1] // self.rows
+        return x[:, : self.h * scale, : self.w * scale]
+
+    def clear(self, x: jax.Array) -> jax.Array:
+        """`x` with zeros beyond the picture."""
+        if (self.h, self.w) == (self.rows, self.columns):
+            return x
+        scale = x.shape[1] // self.rows
+        row, column = jnp.arange(x.shape[1])[:, None], jnp.arange(x.shape[2])
+        return jnp.where(((row < self.h * scale) & (column < self.w * scale))[..., None], x, 0)
+
+
+def margin_of(h: int, w: int) -> Margin:
+    """What h x w latents need to divide evenly over the current mesh."""
+    mesh = current_mesh()
+    parts = {} if mesh is None else mesh.shape
+    return Margin(h, w, padded(h, parts.get("h", 1)), padded(w, parts.get("w", 1)))
+
+
+class Spatial(nnx.Module):
+    """A module that mixes pixels, and so must know where the picture ends."""
+
+    margin: Margin | None = None  # None: all is picture
+
+    def clear(self, x: jax.Array) -> jax.Array:
+        """`x` with zeros beyond the picture."""
+        return x if self.margin is None else self.margin.clear(x)
+
+    def crop(self, x: jax.Array) -> jax.Array:
+        """The picture alone."""
+        return x if self.margin is None else self.margin.crop(x)
+
+
+class Conv(Spatial):
     """A causal convolution: `kernel` is (time, height, width), the frames before the clip are zeros."""
 
     def __init__(self, inputs: int, outputs: int, kernel: Sequence[int] = (3, 3, 3), *, time_stride: int = 1):
@@ -37,7 +90,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array, past: Past = None) -> tuple[jax.Array, Past]:
         channels, remembered = x.shape[-1], self.taps - self.time_stride
-        weight = self.weight[...]
+        weight, x = self.weight[...], self.clear(x) if self.pad != ((0, 0), (0, 0)) else x
         if remembered == 0:
             return convolve(x, weight, self.pad) + self.bias[...], None
         if past is None:  # one frame, and zeros before it: only the last tap sees anything
@@ -51,7 +104,7 @@ class Conv(nnx.Module):
         return convolve(window, weight, self.pad) + self.bias[...], frames[-remembered:]
 
 
-class SpatialConv(nnx.Module):
+class SpatialConv(Spatial):
     """A 3x3 convolution of each frame, stride 1 ("same") or 2 (a zero row and column at the end)."""
 
     def __init__(self, channels: int, stride: int):
@@ -61,14 +114,15 @@ class SpatialConv(nnx.Module):
         self.bias = plain((channels,), file_shape=(channels,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return convolve(x, self.weight[...], self.pad, self.stride) + self.bias[...]
+        return convolve(self.clear(x), self.weight[...], self.pad, self.stride) + self.bias[...]
 
 
 def convolve(x: jax.Array, weight: jax.Array, pad: Sequence[tuple[int, int]], stride: int = 1) -> jax.Array:
     """The 2-D convolution of every frame; weight [height, width, in, out]."""
     if weight.shape[:2] == (1, 1):
         return x @ weight[0, 0]
-    return jax.lax.conv_general_dilated(x, weight, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = jax.lax.conv_general_dilated(x, weight, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return constrain(y, "thwc")
 
 
 class Norm(nnx.Module):
@@ -99,18 +153,20 @@ class ResidualBlock(nnx.Module):
         return x + shortcut, (past1, past2)
 
 
-class Attention(nnx.Module):
-    """One head of self-attention over the pixels of each frame."""
+class Attention(Spatial):
+    """One head of self-attention over the pixels of each frame: every device's queries see all keys."""
 
     def __init__(self, channels: int):
         self.norm = Norm(channels, file_axes=2)
         self.to_qkv, self.proj = PixelLinear(channels, 3 * channels), PixelLinear(channels, channels)
 
     def __call__(self, x: jax.Array, past: Past) -> tuple[jax.Array, Past]:
-        t, h, w, c = x.shape
-        q, k, v = jnp.split(self.to_qkv(self.norm(x)).reshape(t, h * w, 1, 3 * c), 3, axis=-1)
-        mixed = chunked_attention(q, k, v, jnp.full(t, h * w))  # cuDNN's kernel has no heads of 640 or 1024 channels
-        return x + self.proj(mixed.reshape(x.shape)), past
+        q, k, v = jnp.split(self.to_qkv(self.norm(x)), 3, axis=-1)
+        k, v = (self.crop(constrain(part, "t..c")) for part in (k, v))
+        score = jnp.einsum("thwc,tijc->thwij", q, k, preferred_element_type=jnp.float32) * x.shape[-1] ** -0.5
+        weight = jax.nn.softmax(score, axis=(-2, -1)).astype(v.dtype)
+        mixed = constrain(jnp.einsum("thwij,tijc->thwc", weight, v), "thwc")
+        return x + self.proj(mixed), past
 
 
 class PixelLinear(nnx.Module):
@@ -272,19 +328,21 @@ class VAE(nnx.Module):
         moments = stream(self.encoder, pixels, self.config.scale_factor_temporal)
         mode = self.quant_conv(moments)[0][..., : self.config.z_dim]
         mean, inverse_std = self._statistics(dtype)
-        return ((mode - mean) * inverse_std).astype(jnp.float32)
+        return constrain(((mode - mean) * inverse_std).astype(jnp.float32), "")
 
     def decode(self, latents_thwc: jax.Array, finish: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """The 1 + 4(t - 1) frames of normalized latents, each passed through `finish` (from [-1, 1]) as it is made."""
         dtype = self.post_quant_conv.bias.dtype
         mean, inverse_std = self._statistics(dtype)
-        z = self.post_quant_conv(latents_thwc.astype(dtype) / inverse_std + mean)[0]
+        margin = margin_of(*latents_thwc.shape[1:3])
+        self.decoder.set_attributes(Spatial, margin=margin)
+        z = margin.add(self.post_quant_conv(latents_thwc.astype(dtype) / inverse_std + mean)[0])
 
         def decoder(z, past):
             pixels, past = self.decoder(z, past)
             return finish(jnp.clip(unfold(pixels, self.config.patch_size), -1, 1)), past
 
-        return stream(decoder, z, 1)
+        return margin.crop(constrain(stream(decoder, constrain(z, "thwc"), 1), ""))
 
     def _statistics(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """(mean, 1 / std) of the latents, both rounded to `dtype` as the reference rounds them."""

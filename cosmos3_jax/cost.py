@@ -1,0 +1,77 @@
+"""What a program costs, read off without running it: FLOPs from its jaxpr, collectives from its compiled text."""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """An operation in which devices talk to each other."""
+
+    kind: str  # "all-reduce", "all-gather", "collective-permute", "all-to-all" or "reduce-scatter"
+    shape: str  # of its result on one device, as HLO writes it: "f32[2,48,45,80,48]"
+    count: int  # times that one run of the program performs it
+    computation: str  # where it stands in the program: a loop's body, or the entry
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the results on one device, of one run of the program."""
+        return self.count * sum(_nbytes(kind, sizes) for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", self.shape))
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """The collectives of a compiled program (`compiled.as_text()`), those in loops counted as often as the loop runs."""
+    bodies = dict(_computations(hlo))
+    runs = Counter({name: 1 for name in bodies if name.startswith("ENTRY")})
+    found = []
+    for name, lines in reversed(bodies.items()):  # callers stand below what they call
+        for line in lines:
+            trips = int(match[1]) if (match := re.search(r'"known_trip_count":\{"n":"(\d+)"', line)) else 1
+            for callee in re.findall(r"(?:body|calls|to_apply)=%?([\w.-]+)", line):
+                runs[callee] += runs[name] * trips
+            if match := re.search(rf" = (\(?.*?\)?) ({_KINDS})(?:-start)?\(", line):
+                found.append(Collective(match[2], re.sub(r"\{[\d,]*\}", "", match[1]), runs[name], name.removeprefix("ENTRY ")))
+    return found
+
+
+_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+
+
+def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
+    """The name of every computation, "ENTRY " before the program's own, and its lines."""
+    for name, body in re.findall(r"^((?:ENTRY )?%?[\w.-]+) \(.*\{\n((?:.*\n)*?)\}", hlo, re.MULTILINE):
+        yield name.replace("%", ""), body.splitlines()
+
+
+def _nbytes(kind: str, sizes: str) -> int:
+    bits = 8 if kind == "pred" else int(re.sub(r"\D*(\d+).*", r"\1", kind))
+    return math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
+
+
+def flops(jaxpr: Any) -> int:
+    """Floating-point operations of all matrix products and convolutions in a jaxpr, on all devices together."""
+    total = 0
+    for equation in jaxpr.eqns:
+        name, out = equation.primitive.name, equation.outvars[0].aval
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(out.shape) * math.prod(left[axis] for axis in contracted)
+        elif name == "conv_general_dilated":
+            kernel, outputs = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec[0]
+            total += 2 * math.prod(out.shape) * math.prod(kernel) // kernel[outputs]
+        times = {"scan": lambda p: p["length"], "shard_map": lambda p: p["mesh"].size}.get(name, lambda _: 1)(equation.params)
+        total += times * sum(flops(inner) for inner in _inner(equation.params))
+    return total
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Any]:
+    """The jaxprs that an equation runs."""
+    for value in params.values():
+        jaxpr = getattr(value, "jaxpr", value)
+        if hasattr(jaxpr, "eqns"):
+            yield jaxpr
