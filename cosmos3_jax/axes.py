@@ -16,7 +16,9 @@ Pixels and latents use lower-case t h w c (frames, rows, columns, channels). Row
 decoded, by the same devices in another arrangement (`picture_mesh`).
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,13 +40,19 @@ def make_mesh(cfg: int = 1, tp: int = 1, devices: Sequence[jax.Device] | None = 
         raise InputError(f"cfg={cfg}: guidance has two branches; use cfg=1 or cfg=2")
     if tp < 1:
         raise InputError(f"tp={tp}: tensor parallelism needs at least one device; use tp=1 or more")
-    if cfg * tp > len(present):
+    used = present[: cfg * tp]
+    if len(used) < cfg * tp:
         fits = min(cfg, len(present))
+        tp_that_fits = 2 ** int(math.log2(len(present) // fits))  # the published numbers of heads are powers of two
         raise InputError(
-            f"cfg={cfg} x tp={tp} needs {cfg * tp} devices, but there are {len(present)}; "
-            f"cfg={fits} x tp={len(present) // fits} would fit"
+            f"cfg={cfg} x tp={tp} needs {cfg * tp} devices, but there are {len(present)}; --cfg {fits} --tp {tp_that_fits} fits"
         )
-    return _mesh(np.array(present[: cfg * tp]).reshape(cfg, tp), ("cfg", "tp"))
+    if idle := _processes(present) - _processes(used):
+        raise InputError(
+            f"cfg={cfg} x tp={tp} takes {len(used)} of {len(present)} devices and leaves process {min(idle)} without one; "
+            "take more of them, or start fewer processes"
+        )
+    return _mesh(np.array(used).reshape(cfg, tp), ("cfg", "tp"))
 
 
 def picture_mesh(mesh: Mesh, h: int, w: int) -> Mesh:
@@ -69,6 +77,10 @@ def padded(size: int, parts: int) -> int:
     return -(-size // parts) * parts
 
 
+def _processes(devices: Sequence[jax.Device]) -> set[int]:
+    return {getattr(device, "process_index", 0) for device in devices}
+
+
 def _mesh(devices: np.ndarray, names: tuple[str, ...]) -> Mesh:
     return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
 
@@ -85,6 +97,15 @@ def spec(dims: str, mesh: Mesh | AbstractMesh) -> PartitionSpec:
 def sharding(mesh: Mesh, dims: str) -> NamedSharding:
     """The placement on `mesh` of an array with these letters; `""` is whole on every device."""
     return NamedSharding(mesh, spec(dims, mesh))
+
+
+def place(mesh: Mesh, tree: Any) -> Any:
+    """Host arrays, whole on every device of `mesh`. Every process must give the same: nobody checks, nobody sends."""
+
+    def put(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding(mesh, ""), lambda index: x[index])
+
+    return jax.tree.map(put, tree)
 
 
 def current_mesh() -> AbstractMesh | None:

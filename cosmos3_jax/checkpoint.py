@@ -75,9 +75,12 @@ class Checkpoint:
     negative_prompt: str  # of a video, in the prompt style "native"
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """Reads the JSON of a folder, or of a Hugging Face repository ("nvidia/Cosmos3-Nano", downloaded first)."""
-        folder = locate(path)
+    def open(cls, path: str | Path, *, weights: bool = True) -> Self:
+        """Reads the JSON of a folder, or of a Hugging Face repository ("nvidia/Cosmos3-Nano", downloaded first).
+
+        Without `weights` only JSON is downloaded.
+        """
+        folder = locate(path, weights=weights)
         index = read_json(folder / "model_index.json")
         if index.get("_class_name") not in PIPELINES:
             raise InputError(f"{folder}: model_index.json is of {index.get('_class_name')!r}; expected {PIPELINES[0]!r}")
@@ -92,8 +95,8 @@ class Checkpoint:
         )
 
 
-def locate(path: str | Path) -> Path:
-    """The folder of a checkpoint. Raises InputError if there is none."""
+def locate(path: str | Path, *, weights: bool = True) -> Path:
+    """The folder of a checkpoint, of which a repository may leave out the weights. Raises InputError if there is none."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
@@ -104,7 +107,7 @@ def locate(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["model_index.json", "assets/*.json", *(f"{part}/*" for part in FOLDERS)]
+    wanted = ["model_index.json", "assets/*.json", *(f"{part}/{'*' if weights else '*.json'}" for part in FOLDERS)]
     try:
         return Path(snapshot_download(str(path), allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -111,17 +111,23 @@ class TransformerConfig:
             "E": 256,  # fixed by the architecture: diffusers transformer_cosmos3.py, `time_proj`
         }
 
+    def tensor_parallel_sizes(self) -> list[int]:
+        """The numbers of devices, up to 8, that can divide the heads and the MLP evenly."""
+        return [n for n in range(1, 9) if not any(size % n for size in self._divided().values())]
+
     def check_tensor_parallel(self, tp: int) -> None:
         """Raises InputError unless `tp` devices can divide the heads and the MLP evenly."""
-        divided = {
+        for what, size in self._divided().items():
+            if size % tp:
+                possible = ", ".join(map(str, self.tensor_parallel_sizes()))
+                raise InputError(f"tp={tp} does not divide {size} {what}; use tp in {{{possible}}}")
+
+    def _divided(self) -> dict[str, int]:
+        return {
             "query heads": self.num_attention_heads,
             "key/value heads": self.num_key_value_heads,
             "MLP columns": self.intermediate_size,
         }
-        possible = [n for n in (1, 2, 4, 8) if not any(size % n for size in divided.values())]
-        for what, size in divided.items():
-            if size % tp:
-                raise InputError(f"tp={tp} does not divide {size} {what}; use tp in {{{', '.join(map(str, possible))}}}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,171 +1,99 @@
-"""What a request would need, told without a GPU and without weights: memory, FLOPs, collectives, and the least time.
+"""`--dry-run` in words: what a request needs on a mesh and on all meshes of one host, as Markdown tables and as JSON."""
 
-The three large programs are compiled for virtual CPU devices in the arrangement of the mesh, from shapes alone, and read. What
-a GPU's own kernels need beside (cuDNN's workspaces) is not in it; what they spare (attention's chunk of scores, float32
-copies in front of the CPU's convolutions) is.
-"""
-
-import dataclasses
-import functools
-import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
+from cosmos3_jax.estimate import Estimate, Job, Stage, estimate
+from cosmos3_jax.gpus import GPUS
 
-from cosmos3_jax import sampler
-from cosmos3_jax.axes import make_mesh, picture_mesh, sharding
-from cosmos3_jax.config import InputError, TransformerConfig, VAEConfig
-from cosmos3_jax.cost import Collective, collectives, flops
-from cosmos3_jax.gpus import GPU, GPUS
-from cosmos3_jax.models.layers import Rotary
-from cosmos3_jax.models.transformer import Prefix
-from cosmos3_jax.models.vae import uint8
-from cosmos3_jax.pipeline import Networks, abstract_networks, decode, encode, frames_needed, prefill, velocity
-from cosmos3_jax.request import ResolvedRequest
-from cosmos3_jax.weights import Network, by_path
-
-TEXT_TOKENS = 512  # of each branch: what a paragraph needs, in whole buckets
-MESHES = ((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 4), (1, 8))  # (cfg, tp) on one host
-SHARE = {"yes": 0.75, "yes*": 0.95}  # of the memory, which JAX takes by default; and with XLA_PYTHON_CLIENT_MEM_FRACTION=.95
-# As large; of bfloat16 weights XLA's CPU backend would keep float32 copies.
-STAND_IN = {"bfloat16": "float16", "float32": "float32"}
+MESHES = ((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 4), (1, 8))  # (cfg, tp) of one host
+KINDS = ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce-scatter")
+NAMES = [gpu.name for gpu in GPUS]
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What is asked: a model, a request, the dtype, and the length of the text."""
-
-    transformer: TransformerConfig
-    vae: VAEConfig
-    request: ResolvedRequest
-    dtype: str = "bfloat16"
-    text_tokens: int = TEXT_TOKENS
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One program, and what one run of it takes. Bytes are those of one device."""
-
-    name: str
-    runs: int  # in the request
-    flops: int  # of matrix products and convolutions, all devices together
-    weights: int  # of the network that it runs
-    inputs: int
-    results: int
-    scratch: int
-    collectives: tuple[Collective, ...]
-
-    @property
-    def sent(self) -> int:
-        """Bytes that a device sends in all runs, at most: an all-reduce twice its size, the others once."""
-        return self.runs * sum(c.nbytes * (2 if c.kind == "all-reduce" else 1) for c in self.collectives)
-
-    def collected(self, kind: str) -> tuple[int, int]:
-        """How many collectives of a kind one run performs, and the bytes of their results."""
-        alike = [c for c in self.collectives if c.kind == kind]
-        return sum(c.count for c in alike), sum(c.nbytes for c in alike)
+def dry_run(job: Job, cfg: int, tp: int) -> tuple[str, dict[str, Any]]:
+    """The tables, and what they say as JSON. Raises InputError if the model cannot be divided so."""
+    chosen = estimate(job, cfg, tp)
+    possible = [mesh for mesh in MESHES if mesh[1] in job.transformer.tensor_parallel_sizes()]
+    meshes = [chosen if mesh == (cfg, tp) else estimate(job, *mesh) for mesh in possible]
+    tables = _memory(chosen), _collectives(chosen), _time(chosen), _meshes(meshes)
+    json = {"chosen": _json(chosen), "meshes": [_json(each) for each in meshes]}
+    return "\n\n".join([_title(job, chosen), *tables]), json
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A job on a mesh."""
-
-    cfg: int
-    tp: int
-    dtype: str
-    weights: int  # bytes on one device of all networks: they stay loaded
-    stages: tuple[Stage, ...]
-
-    def peak(self, stage: Stage) -> int:
-        """Bytes on one device while a stage runs."""
-        return self.weights + stage.inputs + stage.results + stage.scratch
-
-    def fits(self, gpu: GPU) -> str:
-        """Whether the peak fits: "yes", "yes*" (with more than JAX's default share of the memory) or "no"."""
-        need = max(self.peak(stage) for stage in self.stages)
-        return next((answer for answer, share in SHARE.items() if need <= share * gpu.memory), "no")
-
-    def seconds(self, stage: Stage, gpu: GPU) -> float:
-        """The least time of all runs of a stage: its arithmetic, or one reading of its weights and inputs."""
-        arithmetic = stage.flops / (self.cfg * self.tp) / getattr(gpu, self.dtype)
-        return stage.runs * max(arithmetic, (stage.weights + stage.inputs) / gpu.bandwidth)
-
-    def total_seconds(self, gpu: GPU) -> float:
-        """The least time of the whole request, its links not counted."""
-        return sum(self.seconds(stage, gpu) for stage in self.stages)
+def _title(job: Job, e: Estimate) -> str:
+    request = job.request
+    what = f"{request.num_frames} frame(s) of {request.height}x{request.width}, {request.num_inference_steps} steps"
+    return f"{what}, {job.dtype}, {job.text_tokens} text tokens a branch, on cfg={e.cfg} tp={e.tp}"
 
 
-def estimate(job: Job, cfg: int, tp: int) -> Estimate:
-    """What a job takes on a mesh of cfg x tp devices. Raises InputError where the mesh or the heads do not allow it."""
-    mesh = make_mesh(cfg, tp, jax.devices("cpu"))
-    job.transformer.check_tensor_parallel(tp)
-    networks = abstract_networks(job.transformer, job.vae, mesh, STAND_IN[job.dtype])
-    stages = (*_towers(job, networks, mesh), *_autoencoder(job, networks, mesh))
-    return Estimate(cfg, tp, job.dtype, _nbytes(networks), stages)
+def _memory(e: Estimate) -> str:
+    rows = [
+        [stage.name, *map(_gigabytes, (stage.weights, stage.inputs, stage.results, stage.scratch, e.peak(stage)))]
+        for stage in e.stages
+    ]
+    note = f"All weights, {_gigabytes(e.weights)} GB, stay loaded, so they are in every peak."
+    return _table(["GB on each device", "weights", "inputs", "results", "scratch", "peak"], rows) + "\n\n" + note
 
 
-def _towers(job: Job, networks: Networks, mesh: Mesh) -> Iterator[Stage]:
-    """Prefill and one denoising step."""
-    config, request, S = job.transformer, job.request, job.text_tokens
-    t, h, w = job.vae.latent_shape(request.num_frames, request.height, request.width)
-    B = 2 if request.guided or mesh.shape["cfg"] == 2 else 1
-    G = t * math.ceil(h / config.latent_patch_size) * math.ceil(w / config.latent_patch_size)
-    array = functools.partial(_array, mesh)
-    length_B, half = array(B, dtype=jnp.int32), config.head_dim // 2
-    with jax.set_mesh(mesh):
-        text = Rotary(array(1, S, half), array(1, S, half))
-        yield _stage("prefill", networks.und, prefill, networks.und, array(B, S, dtype=jnp.int32), length_B, text)
-        keys = jax.ShapeDtypeStruct(
-            (config.num_hidden_layers, B, S, config.num_key_value_heads, config.head_dim),
-            jnp.dtype(STAND_IN[job.dtype]),
-            sharding=sharding(mesh, "LBSKH"),
-        )
-        inputs = networks.gen, Rotary(array(B, G, half), array(B, G, half)), Prefix(keys, keys, length_B)
-        latents = array(t, h, w, job.vae.z_dim)
-        state, given = sampler.State(*[latents] * 4), sampler.Given(latents, array(t, dtype=bool))
-        step = sampler.unipc_steps(np.array([0.9]))
-        stage = _stage("step", networks.gen, sampler.run_steps, velocity, inputs, state, step, given)
-        yield dataclasses.replace(stage, runs=request.num_inference_steps)
+def _collectives(e: Estimate) -> str:
+    kinds = [kind for kind in KINDS if any(stage.collected(kind)[0] for stage in e.stages)]
+    if not kinds:
+        return "No collectives."
+
+    def cell(stage: Stage, kind: str) -> str:
+        count, nbytes = stage.collected(kind)
+        return f"{count}, {_gigabytes(nbytes)} GB" if count else "-"
+
+    return _table(["collectives of one run", *kinds], [[s.name, *(cell(s, kind) for kind in kinds)] for s in e.stages])
 
 
-def _autoencoder(job: Job, networks: Networks, mesh: Mesh) -> Iterator[Stage]:
-    """The encoder, if frames came with the request, and the decoder."""
-    t, h, w = job.vae.latent_shape(job.request.num_frames, job.request.height, job.request.width)
-    if job.request.image is not None or job.request.video is not None:
-        frames = _array(mesh, frames_needed(job.request, job.vae), job.request.height, job.request.width, 3)
-        with jax.set_mesh(mesh):
-            yield _stage("encode", networks.vae, encode, networks.vae, frames)
-    with jax.set_mesh(picture_mesh(mesh, h, w)):
-        yield _stage("decode", networks.vae, decode, networks.vae, _array(mesh, t, h, w, job.vae.z_dim), uint8)
+def _time(e: Estimate) -> str:
+    rows = [
+        [f"{s.name} x {s.runs}", _short(s.runs * s.flops / 1e15), *(_short(e.seconds(s, gpu)) for gpu in GPUS)]
+        for s in e.stages
+    ]
+    flops = sum(s.runs * s.flops for s in e.stages)
+    rows.append(["all", _short(flops / 1e15), *(_short(e.total_seconds(gpu)) for gpu in GPUS)])
+    rows.append(["links, at most", "", *(_short(e.link_seconds(gpu)) for gpu in GPUS)])
+    return _table(["seconds at least", "PFLOP", *NAMES], rows)
 
 
-def _array(mesh: Mesh, *sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding(mesh, ""))
+def _meshes(estimates: Sequence[Estimate]) -> str:
+    def cell(e: Estimate, gpu: Any) -> str:
+        mark = {"yes": "", "tight": "*"}
+        return f"{e.total_seconds(gpu):.0f} s{mark[e.fits(gpu)]}" if e.fits(gpu) in mark else "no"
+
+    rows = [[f"--cfg {e.cfg} --tp {e.tp}", _gigabytes(e.highest), *(cell(e, gpu) for gpu in GPUS)] for e in estimates]
+    notes = "no: does not fit. *: fits with XLA_PYTHON_CLIENT_MEM_FRACTION=.95 (JAX takes 75 % of the memory by default)."
+    return _table(["mesh", "peak GB", *NAMES], rows) + "\n\n" + notes
 
 
-def _stage(name: str, network: Network, program: Any, *arguments: Any) -> Stage:
-    """Compiles a jitted program for abstract arguments, `network` among them, and reads it."""
-    traced = program.trace(*arguments)
-    compiled = traced.lower().compile()
-    needs, weights = compiled.memory_analysis(), _nbytes(network)
-    return Stage(
-        name,
-        runs=1,
-        flops=flops(traced.jaxpr),
-        weights=weights,
-        inputs=_nbytes(arguments) - weights,
-        results=needs.output_size_in_bytes - needs.alias_size_in_bytes,
-        scratch=needs.temp_size_in_bytes,
-        collectives=tuple(collectives(compiled.as_text())),
-    )
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-def _nbytes(tree: Any) -> int:
-    """Bytes on one device of the abstract arrays in a tree; host arrays and functions take none."""
-    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)]
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+def _gigabytes(nbytes: int) -> str:
+    return _short(nbytes / 1e9)
+
+
+def _short(number: float) -> str:
+    """Three digits that count."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _json(e: Estimate) -> dict[str, Any]:
+    stages = {
+        s.name: {
+            "runs": s.runs,
+            "flops": s.flops,
+            "bytes": {"weights": s.weights, "inputs": s.inputs, "results": s.results, "scratch": s.scratch, "peak": e.peak(s)},
+            "collectives": {kind: s.collected(kind) for kind in KINDS if s.collected(kind)[0]},
+        }
+        for s in e.stages
+    }
+    gpus = {gpu.name: {"fits": e.fits(gpu), "seconds": e.total_seconds(gpu), "links": e.link_seconds(gpu)} for gpu in GPUS}
+    return {"cfg": e.cfg, "tp": e.tp, "weights": e.weights, "peak": e.highest, "stages": stages, "gpus": gpus}

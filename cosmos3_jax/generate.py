@@ -2,6 +2,9 @@
 
 Flags are the fields of `Request` with dashes (but `--steps` and `--sound`). Wrong input is one sentence on stderr and exit code
 2, before any weight is loaded and with no file left behind. The last line on stdout is a JSON object.
+
+Several processes run the same command (processes.py); the first of them prints and writes. `--dry-run` tells what a request
+would need (dry_run.py), and loads nothing.
 """
 
 import argparse
@@ -9,16 +12,21 @@ import dataclasses
 import json
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
+from typing import TextIO
 
 import jax
 
-from cosmos3_jax import __version__, media
+from cosmos3_jax import __version__, media, processes
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.checkpoint import BUILT_IN, Checkpoint
-from cosmos3_jax.config import InputError
-from cosmos3_jax.pipeline import DTYPES, Cosmos3Pipeline, open_media
+from cosmos3_jax.config import PRESETS, WAN_VAE, InputError
+from cosmos3_jax.dry_run import dry_run
+from cosmos3_jax.estimate import TEXT_TOKENS, Job, virtual_devices
+from cosmos3_jax.pipeline import DTYPES, Cosmos3Pipeline, open_media, token_ids
+from cosmos3_jax.prompt import load_tokenizer
 from cosmos3_jax.request import Request, ResolvedRequest, resolve
 
 # A first video within a minute on two CPU cores, where Request's own defaults (720p, 189 frames) would take hours.
@@ -29,46 +37,91 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; the exit code."""
     arguments = _parser().parse_args(argv)
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}", file=sys.stderr)
         try:
-            _generate(arguments)
+            if arguments.preset is not None and not arguments.dry_run:
+                raise InputError("--preset has no weights: it is for --dry-run; give a --checkpoint")
+            (_dry_run if arguments.dry_run else _generate)(arguments)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
+            processes.leave(2)
             return 2
+        except BaseException as error:
+            if processes.are_several():
+                traceback.print_exc()
+                print(f"error: this process ends, and with it the others: {error!r}", file=sys.stderr)
+                processes.leave(1)
+            raise
     return 0
+
+
+def _say(*values: object, file: TextIO | None = None) -> None:
+    """Prints, once for all processes."""
+    if processes.is_first():
+        print(*values, file=file, flush=True)
 
 
 def _generate(arguments: argparse.Namespace) -> None:
     """Checks everything, loads, generates, writes, and tells."""
-    checkpoint = Checkpoint.open(BUILT_IN if arguments.checkpoint is None else arguments.checkpoint)
+    processes.join(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    checkpoint = _checkpoint(arguments)
     request = resolve(_request(arguments), checkpoint.transformer, checkpoint.vae)
     default = "cosmos3.png" if request.metadata.is_image else "cosmos3.mp4"
     out = Path(default if arguments.out is None else arguments.out)
-    media.check_writable(out, request.num_frames)
+    if processes.is_first():
+        media.check_writable(out, request.num_frames)
     request = open_media(request, checkpoint.vae)
     mesh = make_mesh(arguments.cfg, arguments.tp)
 
     if arguments.checkpoint is None:
-        print("no --checkpoint: this is the built-in one. It is tiny and its weights are random, so expect coloured noise.")
+        _say("no --checkpoint: this is the built-in one. It is tiny and its weights are random, so expect coloured noise.")
     start = time.perf_counter()
     pipe = Cosmos3Pipeline.from_pretrained(checkpoint.folder, mesh=mesh, dtype=arguments.dtype)
     seconds = {"load": round(time.perf_counter() - start, 3)}
     settings = {
         "checkpoint": str(checkpoint.folder),
         "dtype": pipe.dtype,
-        "mesh": f"cfg={arguments.cfg} tp={arguments.tp} of {jax.device_count()} {jax.default_backend()} device(s)",
+        "mesh": _mesh_in_words(arguments),
         **_settings(request),
     }
     for name, value in settings.items():
-        print(f"{name:>20}  {value}")
+        _say(f"{name:>20}  {value}")
 
     result = pipe.run(request)
     start = time.perf_counter()
     result.save(out)
     seconds |= result.seconds | {"write": round(time.perf_counter() - start, 3)}
     for stage, value in seconds.items():
-        print(f"{stage:>20}  {value:.2f} s")
-    print(json.dumps({"out": str(out), "seconds": seconds, "version": __version__, **settings}))
+        _say(f"{stage:>20}  {value:.2f} s")
+    _say(json.dumps({"out": str(out), "seconds": seconds, "version": __version__, **settings}))
+
+
+def _dry_run(arguments: argparse.Namespace) -> None:
+    """Tells what the request would need on this mesh, and on every mesh of one host."""
+    virtual_devices(max(8, arguments.cfg * arguments.tp))
+    if arguments.preset is not None and arguments.checkpoint is not None:
+        raise InputError("--preset and --checkpoint: give one of them")
+    checkpoint = _checkpoint(arguments, weights=False) if arguments.preset is None else None
+    transformer, vae = (PRESETS[arguments.preset], WAN_VAE) if checkpoint is None else (checkpoint.transformer, checkpoint.vae)
+    request = resolve(_request(arguments), transformer, vae)
+    text_tokens = TEXT_TOKENS
+    if checkpoint is not None and (checkpoint.folder / "text_tokenizer").is_dir():
+        tokenizer = load_tokenizer(checkpoint.folder / "text_tokenizer")
+        text_tokens = token_ids(request, checkpoint, tokenizer, arguments.cfg)[0].shape[1]
+    job = Job(transformer, vae, request, arguments.dtype or "bfloat16", text_tokens)
+    tables, answer = dry_run(job, arguments.cfg, arguments.tp)
+    print(tables)
+    print(json.dumps(answer))
+
+
+def _checkpoint(arguments: argparse.Namespace, *, weights: bool = True) -> Checkpoint:
+    return Checkpoint.open(BUILT_IN if arguments.checkpoint is None else arguments.checkpoint, weights=weights)
+
+
+def _mesh_in_words(arguments: argparse.Namespace) -> str:
+    used, present = arguments.cfg * arguments.tp, jax.device_count()
+    of = f"{used} of {present}" if used < present else str(present)
+    return f"cfg={arguments.cfg} tp={arguments.tp} on {of} {jax.default_backend()} device(s)"
 
 
 def _request(arguments: argparse.Namespace) -> Request:
@@ -78,7 +131,9 @@ def _request(arguments: argparse.Namespace) -> Request:
     for name in ("prompt", "negative_prompt"):
         if given.get(name, "").startswith("@"):
             given[name] = _read_text(given[name][1:])
-    if arguments.checkpoint is None:
+    if arguments.dry_run:
+        given = {"prompt": ""} | given
+    if arguments.checkpoint is None and arguments.preset is None:
         given = BUILT_IN_DEFAULTS | given
     if "prompt" not in given:
         raise InputError("--prompt is missing; give a text, or @FILE to read it from a file")
@@ -137,6 +192,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--cfg", type=int, default=1, help="2: the branches of guidance on two halves of the devices (1)")
     add("--tp", metavar="N", type=int, default=1, help="devices that share the heads (1)")
     add("--dtype", choices=DTYPES, help="of weights and activations (bfloat16 on GPUs, else float32)")
+    add("--coordinator", metavar="HOST:PORT", help="of process 0, where several processes meet (not needed under SLURM)")
+    add("--num-processes", metavar="N", type=int, help="how many run this command")
+    add("--process-id", metavar="I", type=int, help="which of them this is, from 0")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="tell the memory, FLOPs and least time; needs no GPU, no weights",
+    )
+    add("--preset", choices=("nano", "super", "edge"), help="the model of a dry run without --checkpoint")
     add("--out", metavar="FILE", help=".mp4, or .png, .jpg, .webp of one frame (cosmos3.mp4)")
     return parser
 

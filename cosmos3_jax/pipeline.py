@@ -21,12 +21,13 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from cosmos3_jax import media, positions, sampler
-from cosmos3_jax.axes import make_mesh, picture_mesh, sharding
+from cosmos3_jax.axes import make_mesh, picture_mesh, place
 from cosmos3_jax.checkpoint import Checkpoint, load
 from cosmos3_jax.config import InputError, TransformerConfig, VAEConfig
 from cosmos3_jax.models.layers import Rotary
 from cosmos3_jax.models.transformer import GenTower, Prefix, UndTower
 from cosmos3_jax.models.vae import VAE, uint8, unit
+from cosmos3_jax.processes import is_first
 from cosmos3_jax.prompt import load_tokenizer, pad, system_prompt, texts, tokenize
 from cosmos3_jax.request import Request, ResolvedRequest, resolve
 from cosmos3_jax.weights import Network, by_path, split
@@ -83,14 +84,18 @@ class Result:
     sample_rate: int | None = None  # not in this version
 
     def save(self, path: str | Path) -> None:
-        """Writes an .mp4, or a .png, .jpg or .webp of a single frame. Raises InputError if it cannot be written."""
+        """Writes an .mp4, or a .png, .jpg or .webp of a single frame; of several processes, the first one does.
+
+        Raises InputError if it cannot be written.
+        """
         if isinstance(self.video, list):
             frames = np.stack(self.video)
         elif self.video.ndim == 4:
             frames = np.round(np.clip(self.video, 0, 1) * 255).astype(np.uint8)
         else:
             raise InputError(f'{path}: latents cannot be saved as frames; ask for output_type="np" or "pil"')
-        media.write(Path(path), frames, self.fps)
+        if is_first():
+            media.write(Path(path), frames, self.fps)
 
 
 class Cosmos3Pipeline:
@@ -169,7 +174,7 @@ class Cosmos3Pipeline:
         precision = "highest" if self.dtype == "float32" else None  # else GPUs round float32 to TF32, 10 bits
         with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
             with _timed(seconds, "tokenize"):
-                ids_BS, length_B = self._tokenize(request)
+                ids_BS, length_B = token_ids(request, self.checkpoint, self.tokenizer, self.mesh.shape["cfg"])
             text, vision = self._rotary(request, ids_BS, length_B)
             with _timed(seconds, "encode"):
                 given = self._encode_given(request)
@@ -179,37 +184,23 @@ class Cosmos3Pipeline:
                 latents = sampler.denoise(
                     velocity,
                     (self.networks.gen, vision, prefix),
-                    self._put(self._noise(request)),
+                    place(self.mesh, self._noise(request)),
                     given,
                     steps,
                     steps_per_call=request.steps_per_call,
-                    on_step=callback_on_step_end and _public_callback(callback_on_step_end, steps),
+                    on_step=callback_on_step_end and _public_callback(callback_on_step_end, steps, self.mesh),
                     on_progress=on_progress,
                 )
+            del prefix  # room for the decoder
             with _timed(seconds, "decode"):
                 video = self._decode(latents, request.output_type)
         return Result(video, float(request.fps), seconds)
-
-    def _tokenize(self, request: ResolvedRequest) -> tuple[np.ndarray, np.ndarray]:
-        """(ids_BS, length_B) of the branches."""
-        style, metadata = request.prompt_style, request.metadata
-        system = system_prompt(style, metadata, self.checkpoint.use_system_prompt)
-        both = texts(style, request.prompt, request.negative_prompt, metadata, self.checkpoint.negative_prompt)
-        branches = both if request.guided else both[:1]
-        if self.mesh.shape["cfg"] == 2 and not request.guided:
-            warnings.warn(
-                f"cfg=2 with guidance_scale={request.guidance_scale} (guidance is on above 1): half of the devices compute "
-                "nothing of use; cfg=1 and twice the tp is faster",
-                stacklevel=2,
-            )
-            branches = both[:1] * 2
-        return pad([tokenize(self.tokenizer, text, system) for text in branches])
 
     def _rotary(self, request: ResolvedRequest, ids_BS: np.ndarray, length_B: np.ndarray) -> tuple[Rotary, Rotary]:
         """The rotary angles of text and of vision tokens."""
         shape = self._latent_shape(request)
         text, vision = positions.layout(self.checkpoint.transformer, length_B, ids_BS.shape[1], shape, float(request.fps))
-        return Rotary(*self._put(text)), Rotary(*self._put(vision))
+        return Rotary(*place(self.mesh, text)), Rotary(*place(self.mesh, vision))
 
     def _latent_shape(self, request: ResolvedRequest) -> tuple[int, int, int]:
         return self.checkpoint.vae.latent_shape(request.num_frames, request.height, request.width)
@@ -227,7 +218,7 @@ class Cosmos3Pipeline:
         if is_given.any():
             encoded = np.asarray(encode(self.networks.vae, frames))
             latents[: len(encoded)] = encoded
-        return sampler.Given(*self._put((latents, is_given)))
+        return sampler.Given(*place(self.mesh, (latents, is_given)))
 
     def _given_frames(self, request: ResolvedRequest) -> np.ndarray:
         """What the last given latent frame sees of the clip (the encoder is causal); a short clip repeats its last frame."""
@@ -258,9 +249,20 @@ class Cosmos3Pipeline:
             frames = np.asarray(decode(self.networks.vae, latents_thwc, unit if output_type == "np" else uint8))
         return frames if output_type == "np" else media.images(frames)
 
-    def _put(self, tree: Any) -> Any:
-        """Host arrays, whole on every device: placed as a step returns them, so that the second step compiles nothing."""
-        return jax.device_put(tree, sharding(self.mesh, ""))
+
+def token_ids(request: ResolvedRequest, checkpoint: Checkpoint, tokenizer: Any, cfg: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids_BS, length_B) of the branches; on a mesh with cfg=2 there are two in any case."""
+    style, metadata = request.prompt_style, request.metadata
+    system = system_prompt(style, metadata, checkpoint.use_system_prompt)
+    both = texts(style, request.prompt, request.negative_prompt, metadata, checkpoint.negative_prompt)
+    branches = both if request.guided else both[:1] * cfg
+    if cfg == 2 and not request.guided:
+        warnings.warn(
+            f"cfg=2 with guidance_scale={request.guidance_scale} (guidance is on above 1): half of the devices compute "
+            "nothing of use; cfg=1 and twice the tp is faster",
+            stacklevel=4,
+        )
+    return pad([tokenize(tokenizer, text, system) for text in branches])
 
 
 def open_media(request: ResolvedRequest, vae: VAEConfig) -> ResolvedRequest:
@@ -283,7 +285,7 @@ def _public(latents_thwc: jax.Array) -> jax.Array:
     return jnp.moveaxis(latents_thwc, -1, 0)[None]
 
 
-def _public_callback(callback: Callable, steps: sampler.Steps) -> sampler.OnStep:
+def _public_callback(callback: Callable, steps: sampler.Steps, mesh: Mesh) -> sampler.OnStep:
     """The user's callback as the sampler calls it."""
 
     def on_step(step: int, latents_thwc: jax.Array) -> Any:
@@ -296,7 +298,7 @@ def _public_callback(callback: Callable, steps: sampler.Steps) -> sampler.OnStep
         if getattr(answer, "shape", None) != expected:
             what = f"an array of shape {answer.shape}" if hasattr(answer, "shape") else type(answer).__name__
             raise InputError(f"callback_on_step_end returned {what}; latents {expected}, False or None are expected")
-        return jax.device_put(jnp.moveaxis(jnp.asarray(answer, jnp.float32)[0], 0, -1), latents_thwc.sharding)
+        return place(mesh, np.moveaxis(np.asarray(answer, np.float32)[0], 0, -1))
 
     return on_step
 
@@ -311,5 +313,5 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _progress_bar(request: ResolvedRequest, visible: bool) -> Iterator[Callable[[int], object]]:
     """A function that takes the number of steps done."""
-    with tqdm(total=request.num_inference_steps, desc="denoise", unit="step", disable=not visible) as bar:
+    with tqdm(total=request.num_inference_steps, desc="denoise", unit="step", disable=not (visible and is_first())) as bar:
         yield lambda done: bar.update(done - bar.n)

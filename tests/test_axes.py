@@ -88,7 +88,10 @@ def test_a_picture_is_divided_where_it_pads_least(h, w, count, expected):
     np.testing.assert_array_equal(mesh.devices.reshape(-1), devices)  # another order would move the weights
 
 
-@pytest.mark.parametrize(("size", "parts", "expected"), [(45, 8, 48), (80, 8, 80), (1, 1, 1), (2, 1, 2), (2, 2, 4), (3, 3, 3), (1, 4, 4)])
+@pytest.mark.parametrize(
+    ("size", "parts", "expected"),
+    [(45, 8, 48), (80, 8, 80), (1, 1, 1), (2, 1, 2), (2, 2, 4), (3, 3, 3), (1, 4, 4)],
+)
 def test_padded(size, parts, expected):
     assert padded(size, parts) == expected
 

@@ -1,0 +1,187 @@
+"""What a request would take, without a GPU and without weights: memory, FLOPs and collectives of every program.
+
+The programs are compiled from shapes alone, for virtual CPU devices in the arrangement of the mesh, and read. A GPU's own
+kernels need something else beside weights, inputs and results: cuDNN has its workspaces, but no chunk of attention's scores
+and no float32 copies in front of a convolution, which are in the scratch counted here.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from cosmos3_jax import sampler
+from cosmos3_jax.axes import make_mesh, picture_mesh, sharding
+from cosmos3_jax.config import InputError, TransformerConfig, VAEConfig
+from cosmos3_jax.cost import Collective, collectives, flops
+from cosmos3_jax.gpus import GPU
+from cosmos3_jax.models.layers import Rotary
+from cosmos3_jax.models.transformer import Prefix
+from cosmos3_jax.models.vae import uint8
+from cosmos3_jax.pipeline import Networks, abstract_networks, decode, encode, frames_needed, prefill, velocity
+from cosmos3_jax.request import ResolvedRequest
+from cosmos3_jax.weights import Network
+
+TEXT_TOKENS = 512  # of each branch, if the prompt cannot be counted: four buckets, a long paragraph
+# As large; of bfloat16 weights XLA's CPU backend would keep float32 copies.
+STAND_IN = {"bfloat16": "float16", "float32": "float32"}
+# Answers, and the share of a GPU's memory that they stand for: what JAX takes by default, and what it can be given
+SHARES = {"yes": 0.75, "tight": 0.95}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is asked: a model, a request, the dtype, and the length of the text."""
+
+    transformer: TransformerConfig
+    vae: VAEConfig
+    request: ResolvedRequest
+    dtype: str = "bfloat16"
+    text_tokens: int = TEXT_TOKENS
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One program, and what one run of it takes. Bytes are those of one device."""
+
+    name: str
+    runs: int  # in the request
+    flops: int  # of matrix products and convolutions, all devices together
+    weights: int  # of the network that it runs
+    inputs: int
+    results: int
+    scratch: int
+    collectives: tuple[Collective, ...]
+
+    @property
+    def sent(self) -> int:
+        """Bytes that a device sends in all runs, at most: an all-reduce twice its size, the others once."""
+        return self.runs * sum(c.nbytes * (2 if c.kind == "all-reduce" else 1) for c in self.collectives)
+
+    def collected(self, kind: str) -> tuple[int, int]:
+        """How many collectives of a kind one run performs, and the bytes of their results."""
+        alike = [c for c in self.collectives if c.kind == kind]
+        return sum(c.count for c in alike), sum(c.nbytes for c in alike)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A job on a mesh."""
+
+    cfg: int
+    tp: int
+    dtype: str
+    weights: int  # bytes on one device of all networks: they stay loaded
+    stages: tuple[Stage, ...]
+
+    def peak(self, stage: Stage) -> int:
+        """Bytes on one device while a stage runs."""
+        return self.weights + stage.inputs + stage.results + stage.scratch
+
+    @property
+    def highest(self) -> int:
+        """The highest of all peaks."""
+        return max(self.peak(stage) for stage in self.stages)
+
+    def fits(self, gpu: GPU) -> str:
+        """Whether the highest peak fits: "yes", "tight" (above JAX's default share of the memory) or "no"."""
+        return next((answer for answer, share in SHARES.items() if self.highest <= share * gpu.memory), "no")
+
+    def seconds(self, stage: Stage, gpu: GPU) -> float:
+        """The least time of all runs of a stage: its arithmetic, or one reading of its weights and inputs."""
+        arithmetic = stage.flops / (self.cfg * self.tp) / getattr(gpu, self.dtype)
+        return stage.runs * max(arithmetic, (stage.weights + stage.inputs) / gpu.bandwidth)
+
+    def total_seconds(self, gpu: GPU) -> float:
+        """The least time of the whole request, if its collectives cost nothing."""
+        return sum(self.seconds(stage, gpu) for stage in self.stages)
+
+    def link_seconds(self, gpu: GPU) -> float:
+        """The time of all collectives at the link's peak, at most; what overlaps arithmetic costs nothing."""
+        return sum(stage.sent for stage in self.stages) / gpu.link
+
+
+def virtual_devices(count: int) -> None:
+    """Makes this process one of `count` CPU devices. Raises InputError if it has fewer already."""
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:  # JAX has started
+        if jax.device_count("cpu") < count:
+            raise InputError(f"{count} virtual devices need a process that has not used JAX yet ({error})") from error
+
+
+def estimate(job: Job, cfg: int, tp: int) -> Estimate:
+    """What a job takes on a mesh of cfg x tp devices. Raises InputError where the mesh or the heads do not allow it."""
+    mesh = make_mesh(cfg, tp, jax.devices("cpu"))
+    job.transformer.check_tensor_parallel(tp)
+    networks = abstract_networks(job.transformer, job.vae, mesh, STAND_IN[job.dtype])
+    stages = (*_towers(job, networks, mesh), *_autoencoder(job, networks, mesh))
+    return Estimate(cfg, tp, job.dtype, _nbytes(networks), stages)
+
+
+def _towers(job: Job, networks: Networks, mesh: Mesh) -> Iterator[Stage]:
+    """Prefill and one denoising step."""
+    config, request, S = job.transformer, job.request, job.text_tokens
+    t, h, w = job.vae.latent_shape(request.num_frames, request.height, request.width)
+    B = 2 if request.guided or mesh.shape["cfg"] == 2 else 1
+    G = t * math.ceil(h / config.latent_patch_size) * math.ceil(w / config.latent_patch_size)
+    array = functools.partial(_array, mesh)
+    length_B, half = array(B, dtype=jnp.int32), config.head_dim // 2
+    with jax.set_mesh(mesh):
+        text = Rotary(array(1, S, half), array(1, S, half))
+        yield _stage("prefill", networks.und, prefill, networks.und, array(B, S, dtype=jnp.int32), length_B, text)
+        shape = config.num_hidden_layers, B, S, config.num_key_value_heads, config.head_dim
+        keys = array(*shape, dtype=STAND_IN[job.dtype], dims="LBSKH")
+        inputs = networks.gen, Rotary(array(B, G, half), array(B, G, half)), Prefix(keys, keys, length_B)
+        latents = array(t, h, w, job.vae.z_dim)
+        state, given = sampler.State(*[latents] * 4), sampler.Given(latents, array(t, dtype=bool))
+        step = sampler.unipc_steps(np.array([0.9]))
+        stage = _stage("step", networks.gen, sampler.run_steps, velocity, inputs, state, step, given)
+        yield dataclasses.replace(stage, runs=request.num_inference_steps)
+
+
+def _autoencoder(job: Job, networks: Networks, mesh: Mesh) -> Iterator[Stage]:
+    """The encoder, if frames came with the request, and the decoder."""
+    t, h, w = job.vae.latent_shape(job.request.num_frames, job.request.height, job.request.width)
+    if job.request.image is not None or job.request.video is not None:
+        count = 1 if job.request.video is None else frames_needed(job.request, job.vae)
+        frames = _array(mesh, count, job.request.height, job.request.width, 3)
+        with jax.set_mesh(mesh):
+            yield _stage("encode", networks.vae, encode, networks.vae, frames)
+    with jax.set_mesh(picture_mesh(mesh, h, w)):
+        yield _stage("decode", networks.vae, decode, networks.vae, _array(mesh, t, h, w, job.vae.z_dim), uint8)
+
+
+def _array(mesh: Mesh, *sizes: int, dtype: Any = jnp.float32, dims: str = "") -> Any:
+    """An abstract array, divided over `mesh` by its letters."""
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding(mesh, dims))
+
+
+def _stage(name: str, network: Network, program: Any, *arguments: Any) -> Stage:
+    """Compiles a jitted program for abstract arguments, `network` among them, and reads it."""
+    traced = program.trace(*arguments)
+    compiled = traced.lower().compile()
+    needs, weights = compiled.memory_analysis(), _nbytes(network)
+    return Stage(
+        name,
+        runs=1,
+        flops=flops(traced.jaxpr),
+        weights=weights,
+        inputs=_nbytes(arguments) - weights,
+        results=needs.output_size_in_bytes - needs.alias_size_in_bytes,
+        scratch=needs.temp_size_in_bytes,
+        collectives=tuple(collectives(compiled.as_text())),
+    )
+
+
+def _nbytes(tree: Any) -> int:
+    """Bytes on one device of the abstract arrays in a tree; host arrays and functions take none."""
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in arrays)

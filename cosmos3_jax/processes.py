@@ -1,0 +1,84 @@
+"""Several processes that run one program: how they find each other, who speaks for all, and how they end together.
+
+The same command is started once for each process; JAX then shows every one of them the devices of all. A process that dies
+stops sending heartbeats, and JAX ends the others, with a message and a non-zero code.
+"""
+
+import os
+import sys
+from typing import Any
+
+import jax
+
+from cosmos3_jax.config import InputError
+
+HEARTBEAT_SECONDS = 30  # silence after which a process counts as dead
+START_SECONDS = 120  # JAX waits about twice as long for the processes that are not there yet
+
+
+def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Makes this process one of several. Call it before any device is touched; alone, it does nothing.
+
+    `coordinator` is "HOST:PORT", an address of process 0 that all can reach. With no arguments JAX asks SLURM, Open MPI
+    or Kubernetes, if one of them started this process as one of several. Raises InputError for values that cannot be meant.
+    """
+    given = coordinator, num_processes, process_id
+    if given == (None, None, None):
+        if _launched_as_one_of_several():
+            # [] is all GPUs; without, JAX gives each process the one of its number on the host
+            _initialize({"local_device_ids": []} if _alone_on_its_host() else {})
+        return
+    if coordinator is None or num_processes is None or process_id is None:
+        raise InputError("--coordinator HOST:PORT, --num-processes N and --process-id I belong together; give all three")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise InputError(f"coordinator={coordinator!r}: HOST:PORT of process 0 is expected, for example 10.0.0.1:1234")
+    if not 0 <= process_id < num_processes:
+        raise InputError(f"process_id={process_id}, num_processes={num_processes}: processes are numbered from 0 to N - 1")
+    print(f"process {process_id} of {num_processes}: waiting for the others at {coordinator}", file=sys.stderr, flush=True)
+    names = "coordinator_address", "num_processes", "process_id"
+    # "deactivate": else a SLURM job around it would leave an explicit process one GPU
+    _initialize(dict(zip(names, given, strict=True)) | {"cluster_detection_method": "deactivate"})
+
+
+def _initialize(settings: dict[str, Any]) -> None:
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
+    settings |= {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "initialization_timeout": START_SECONDS}
+    try:
+        jax.distributed.initialize(**settings)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"the processes could not find each other ({error}); is the coordinator's port free?") from error
+
+
+def _launched_as_one_of_several() -> bool:
+    """Whether SLURM (srun), Open MPI (mpirun) or an indexed job of Kubernetes started this process beside others."""
+    seen = os.environ.get
+    slurm = "SLURM_STEP_NODELIST" in os.environ and int(seen("SLURM_NTASKS", "1")) > 1
+    open_mpi = int(seen("OMPI_COMM_WORLD_SIZE", "1")) > 1
+    return slurm or open_mpi or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys()
+
+
+def _alone_on_its_host() -> bool:
+    seen = os.environ.get
+    return seen("SLURM_TASKS_PER_NODE", "").partition("(")[0] == "1" or seen("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+
+
+def are_several() -> bool:
+    """Whether other processes run beside this one."""
+    return jax.distributed.is_initialized()
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes for all; alone, it does."""
+    return not are_several() or jax.process_index() == 0
+
+
+def leave(code: int) -> None:
+    """Ends this process at once, after an error, if others run beside it; alone, it does nothing.
+
+    Python's own exit would wait at a barrier for the others, while they wait in a collective for this one.
+    """
+    if are_several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
