@@ -24,7 +24,10 @@ class Collective:
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """The collectives of a compiled program (`compiled.as_text()`), those in loops counted as often as the loop runs."""
+    """The collectives of a compiled program (`compiled.as_text()`), those in loops counted as often as the loop runs.
+
+    Of a loop whose length XLA does not know, one run is counted; branches (`lax.cond`) are not followed.
+    """
     bodies = dict(_computations(hlo))
     runs = Counter({name: 1 for name in bodies if name.startswith("ENTRY")})
     found = []
@@ -53,7 +56,10 @@ def _nbytes(kind: str, sizes: str) -> int:
 
 
 def flops(jaxpr: Any) -> int:
-    """Floating-point operations of all matrix products and convolutions in a jaxpr, on all devices together."""
+    """Floating-point operations of all matrix products and convolutions in a jaxpr, on all devices together.
+
+    Branches (`lax.cond`) are not followed; a `shard_map` is taken to divide its work over the whole mesh.
+    """
     total = 0
     for equation in jaxpr.eqns:
         name, out = equation.primitive.name, equation.outvars[0].aval

@@ -62,7 +62,7 @@ def _time(e: Estimate) -> str:
 def _meshes(estimates: Sequence[Estimate]) -> str:
     def cell(e: Estimate, gpu: Any) -> str:
         mark = {"yes": "", "tight": "*"}
-        return f"{e.total_seconds(gpu):.0f} s{mark[e.fits(gpu)]}" if e.fits(gpu) in mark else "no"
+        return f"{_short(e.total_seconds(gpu))} s{mark[e.fits(gpu)]}" if e.fits(gpu) in mark else "no"
 
     rows = [[f"--cfg {e.cfg} --tp {e.tp}", _gigabytes(e.highest), *(cell(e, gpu) for gpu in GPUS)] for e in estimates]
     notes = "no: does not fit. *: fits with XLA_PYTHON_CLIENT_MEM_FRACTION=.95 (JAX takes 75 % of the memory by default)."

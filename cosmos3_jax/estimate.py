@@ -122,11 +122,11 @@ def estimate(job: Job, cfg: int, tp: int) -> Estimate:
     mesh = make_mesh(cfg, tp, jax.devices("cpu"))
     job.transformer.check_tensor_parallel(tp)
     networks = abstract_networks(job.transformer, job.vae, mesh, STAND_IN[job.dtype])
-    stages = (*_towers(job, networks, mesh), *_autoencoder(job, networks, mesh))
+    stages = *towers(job, networks, mesh), *autoencoder(job, networks, mesh)
     return Estimate(cfg, tp, job.dtype, _nbytes(networks), stages)
 
 
-def _towers(job: Job, networks: Networks, mesh: Mesh) -> Iterator[Stage]:
+def towers(job: Job, networks: Networks, mesh: Mesh) -> Iterator[Stage]:
     """Prefill and one denoising step."""
     config, request, S = job.transformer, job.request, job.text_tokens
     t, h, w = job.vae.latent_shape(request.num_frames, request.height, request.width)
@@ -147,14 +147,15 @@ def _towers(job: Job, networks: Networks, mesh: Mesh) -> Iterator[Stage]:
         yield dataclasses.replace(stage, runs=request.num_inference_steps)
 
 
-def _autoencoder(job: Job, networks: Networks, mesh: Mesh) -> Iterator[Stage]:
+def autoencoder(job: Job, networks: Networks, mesh: Mesh) -> Iterator[Stage]:
     """The encoder, if frames came with the request, and the decoder."""
     t, h, w = job.vae.latent_shape(job.request.num_frames, job.request.height, job.request.width)
     if job.request.image is not None or job.request.video is not None:
         count = 1 if job.request.video is None else frames_needed(job.request, job.vae)
         frames = _array(mesh, count, job.request.height, job.request.width, 3)
         with jax.set_mesh(mesh):
-            yield _stage("encode", networks.vae, encode, networks.vae, frames)
+            stage = _stage("encode", networks.vae, encode, networks.vae, frames)
+        yield dataclasses.replace(stage, flops=stage.flops * mesh.size)  # every device encodes all of it
     with jax.set_mesh(picture_mesh(mesh, h, w)):
         yield _stage("decode", networks.vae, decode, networks.vae, _array(mesh, t, h, w, job.vae.z_dim), uint8)
 

@@ -103,7 +103,7 @@ def _dry_run(arguments: argparse.Namespace) -> None:
         raise InputError("--preset and --checkpoint: give one of them")
     checkpoint = _checkpoint(arguments, weights=False) if arguments.preset is None else None
     transformer, vae = (PRESETS[arguments.preset], WAN_VAE) if checkpoint is None else (checkpoint.transformer, checkpoint.vae)
-    request = resolve(_request(arguments), transformer, vae)
+    request = open_media(resolve(_request(arguments), transformer, vae), vae)
     text_tokens = TEXT_TOKENS
     if checkpoint is not None and (checkpoint.folder / "text_tokenizer").is_dir():
         tokenizer = load_tokenizer(checkpoint.folder / "text_tokenizer")

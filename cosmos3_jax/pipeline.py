@@ -61,7 +61,8 @@ def encode(vae: Network, frames_thwc: Any) -> jax.Array:
     return vae.merge().encode(frames_thwc)
 
 
-@functools.partial(jax.jit, static_argnums=2)
+# Without the option XLA leaves out roundings to bf16 where it can, here others than there: meshes would differ by all of bf16's error.
+@functools.partial(jax.jit, static_argnums=2, compiler_options={"xla_allow_excess_precision": False})
 def decode(vae: Network, latents_thwc: Any, finish: Callable) -> jax.Array:
     """`VAE.decode`, compiled."""
     return vae.merge().decode(latents_thwc, finish)

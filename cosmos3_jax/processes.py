@@ -5,7 +5,10 @@ stops sending heartbeats, and JAX ends the others, with a message and a non-zero
 """
 
 import os
+import re
+import socket
 import sys
+import time
 from typing import Any
 
 import jax
@@ -14,6 +17,7 @@ from cosmos3_jax.config import InputError
 
 HEARTBEAT_SECONDS = 30  # silence after which a process counts as dead
 START_SECONDS = 120  # JAX waits about twice as long for the processes that are not there yet
+FAREWELL_SECONDS = 2  # what the others have to say something of their own before the end of process 0 ends them
 
 
 def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
@@ -31,14 +35,24 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
     if coordinator is None or num_processes is None or process_id is None:
         raise InputError("--coordinator HOST:PORT, --num-processes N and --process-id I belong together; give all three")
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
         raise InputError(f"coordinator={coordinator!r}: HOST:PORT of process 0 is expected, for example 10.0.0.1:1234")
     if not 0 <= process_id < num_processes:
         raise InputError(f"process_id={process_id}, num_processes={num_processes}: processes are numbered from 0 to N - 1")
+    if process_id == 0:
+        _check_free(coordinator, int(port))
     print(f"process {process_id} of {num_processes}: waiting for the others at {coordinator}", file=sys.stderr, flush=True)
     names = "coordinator_address", "num_processes", "process_id"
     # "deactivate": else a SLURM job around it would leave an explicit process one GPU
     _initialize(dict(zip(names, given, strict=True)) | {"cluster_detection_method": "deactivate"})
+
+
+def _check_free(coordinator: str, port: int) -> None:
+    """Raises InputError for a port in use: as of jax 0.12 XLA would mostly end with a segmentation fault."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise InputError(f"coordinator={coordinator!r}: process 0 cannot listen on this port ({error.strerror})") from error
 
 
 def _initialize(settings: dict[str, Any]) -> None:
@@ -60,7 +74,8 @@ def _launched_as_one_of_several() -> bool:
 
 def _alone_on_its_host() -> bool:
     seen = os.environ.get
-    return seen("SLURM_TASKS_PER_NODE", "").partition("(")[0] == "1" or seen("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    one_on_each = re.fullmatch(r"1(\(x\d+\))?", seen("SLURM_TASKS_PER_NODE", ""))  # not "1(x2),2"
+    return one_on_each is not None or seen("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
 
 
 def are_several() -> bool:
@@ -81,4 +96,6 @@ def leave(code: int) -> None:
     if are_several():
         sys.stdout.flush()
         sys.stderr.flush()
+        if is_first():  # what it was told the others may be told as well, and are to say it before they lose the coordinator
+            time.sleep(FAREWELL_SECONDS)
         os._exit(code)

@@ -1,5 +1,7 @@
 """Letters and meshes: which device gets which part, and what a mesh that does not fit is told."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from cosmos3_jax.axes import constrain, current_mesh, make_mesh, padded, picture_mesh, sharding, spec
+from cosmos3_jax.axes import constrain, current_mesh, make_mesh, padded, picture_mesh, place, sharding, spec
 from cosmos3_jax.config import InputError
 
 
@@ -56,9 +58,9 @@ def test_one_device_is_the_default():
         (3, 1, 8, "cfg=3: guidance has two branches; use cfg=1 or cfg=2"),
         (0, 1, 8, "cfg=0: guidance has two branches; use cfg=1 or cfg=2"),
         (1, 0, 8, "tp=0: tensor parallelism needs at least one device; use tp=1 or more"),
-        (2, 8, 8, "cfg=2 x tp=8 needs 16 devices, but there are 8; cfg=2 x tp=4 would fit"),
-        (1, 4, 3, "cfg=1 x tp=4 needs 4 devices, but there are 3; cfg=1 x tp=3 would fit"),
-        (2, 1, 1, "cfg=2 x tp=1 needs 2 devices, but there are 1; cfg=1 x tp=1 would fit"),
+        (2, 8, 8, "cfg=2 x tp=8 needs 16 devices, but there are 8; --cfg 2 --tp 4 fits"),
+        (1, 4, 3, "cfg=1 x tp=4 needs 4 devices, but there are 3; --cfg 1 --tp 2 fits"),
+        (2, 1, 1, "cfg=2 x tp=1 needs 2 devices, but there are 1; --cfg 1 --tp 1 fits"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(cfg, tp, count, message):
@@ -109,3 +111,27 @@ def test_constrain_divides_inside_a_mesh():
         assert current_mesh() == mesh.abstract_mesh
         (constraint,) = jax.jit(lambda x: constrain(x, "BSN")).trace(x).jaxpr.eqns
     assert constraint.params["sharding"].spec == P("cfg", None, "tp")
+
+
+@pytest.mark.parametrize(("cfg", "tp", "idle"), [(1, 4, 1), (2, 2, 1), (1, 1, 1), (1, 8, 2)])
+def test_every_process_takes_part(cfg, tp, idle):
+    # One without a device of the mesh would have no part of any array, and end in the middle with an error of JAX's.
+    devices = [types.SimpleNamespace(process_index=i // 4) for i in range(4 * idle + 4)]
+    with pytest.raises(InputError) as error:
+        make_mesh(cfg, tp, devices)
+    assert str(error.value) == (
+        f"cfg={cfg} x tp={tp} takes {cfg * tp} of {len(devices)} devices and leaves process {idle} without one; "
+        "take more of them, or start fewer processes"
+    )
+
+
+def test_what_is_placed_is_whole_on_every_device():
+    mesh = make_mesh(cfg=2, tp=4)
+    tree = np.arange(6, dtype=np.float32).reshape(2, 3), {"flags": np.array([True, False]), "one": np.array(7, np.int32)}
+    placed = place(mesh, tree)
+    assert jax.tree.structure(placed) == jax.tree.structure(tree)
+    for there, here in zip(jax.tree.leaves(placed), jax.tree.leaves(tree), strict=True):
+        assert there.dtype == here.dtype
+        assert {shard.device for shard in there.addressable_shards} == set(mesh.devices.flat)
+        for shard in there.addressable_shards:
+            np.testing.assert_array_equal(shard.data, here)

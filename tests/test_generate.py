@@ -201,7 +201,7 @@ WRONG = [
     ("--checkpoint out --prompt waves", "out: no model_index.json there; .*"),
     (f"--checkpoint {BUILT_IN}", "--prompt is missing; .*"),
     ("--checkpoint '' --prompt waves", ".*"),
-    ("--tp 64", "cfg=1 x tp=64 needs 64 devices, but there are .*would fit"),
+    ("--tp 64", "cfg=1 x tp=64 needs 64 devices, but there are .*; --cfg 1 --tp .* fits"),
     ("--tp 0", "tp=0: .*; use tp=1 or more"),
     ("--cfg 3", "cfg=3: .*; use cfg=1 or cfg=2"),
 ]

@@ -90,18 +90,19 @@ class Conv(Spatial):
 
     def __call__(self, x: jax.Array, past: Past = None) -> tuple[jax.Array, Past]:
         channels, remembered = x.shape[-1], self.taps - self.time_stride
-        weight, x = self.weight[...], self.clear(x) if self.pad != ((0, 0), (0, 0)) else x
+        weight, bias = self.weight[...], self.bias[...]
+        x = (self.clear(x) if self.pad != ((0, 0), (0, 0)) else x).astype(weight.dtype)
         if remembered == 0:
-            return convolve(x, weight, self.pad) + self.bias[...], None
+            return convolve(x, weight, bias, self.pad), None
         if past is None:  # one frame, and zeros before it: only the last tap sees anything
             assert x.shape[0] == 1
             frames = jnp.pad(x, ((remembered, 0), (0, 0), (0, 0), (0, 0)))
-            return convolve(x, weight[:, :, -channels:], self.pad) + self.bias[...], frames[-remembered:]
+            return convolve(x, weight[:, :, -channels:], bias, self.pad), frames[-remembered:]
         frames = jnp.concatenate([past, x])
         count = (frames.shape[0] - self.taps) // self.time_stride + 1
         last = (count - 1) * self.time_stride
         window = jnp.concatenate([frames[i : i + last + 1 : self.time_stride] for i in range(self.taps)], axis=-1)
-        return convolve(window, weight, self.pad) + self.bias[...], frames[-remembered:]
+        return convolve(window, weight, bias, self.pad), frames[-remembered:]
 
 
 class SpatialConv(Spatial):
@@ -114,19 +115,21 @@ class SpatialConv(Spatial):
         self.bias = plain((channels,), file_shape=(channels,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return convolve(self.clear(x), self.weight[...], self.pad, self.stride) + self.bias[...]
+        return convolve(self.clear(x), self.weight[...], self.bias[...], self.pad, self.stride)
 
 
-def convolve(x: jax.Array, weight: jax.Array, pad: Sequence[tuple[int, int]], stride: int = 1) -> jax.Array:
+def convolve(x: jax.Array, weight: jax.Array, bias: jax.Array, pad: Sequence[tuple[int, int]], stride: int = 1) -> jax.Array:
     """The 2-D convolution of every frame; weight [height, width, in, out]."""
     if weight.shape[:2] == (1, 1):
-        return x @ weight[0, 0]
-    y = jax.lax.conv_general_dilated(x, weight, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return constrain(y, "thwc")
+        y = x @ weight[0, 0]
+    else:
+        y = jax.lax.conv_general_dilated(x, weight, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        y = constrain(y, "thwc")
+    return (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 class Norm(nnx.Module):
-    """x / |x| * sqrt(channels) * gamma, over channels, in float32."""
+    """x / |x| * sqrt(channels) * gamma, over channels; float32 in any case, for the activation to be rounded once."""
 
     def __init__(self, channels: int, *, file_axes: int = 3):
         self.gamma = plain((channels,), file_shape=(channels, *(1,) * file_axes), mean=1.0)
@@ -134,7 +137,7 @@ class Norm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         length = jnp.sqrt(jnp.sum(jnp.square(x32), axis=-1, keepdims=True))
-        return (x32 / jnp.maximum(length, 1e-12) * x.shape[-1] ** 0.5 * self.gamma[...].astype(jnp.float32)).astype(x.dtype)
+        return x32 / jnp.maximum(length, 1e-12) * x.shape[-1] ** 0.5 * self.gamma[...].astype(jnp.float32)
 
 
 class ResidualBlock(nnx.Module):
@@ -161,7 +164,7 @@ class Attention(Spatial):
         self.to_qkv, self.proj = PixelLinear(channels, 3 * channels), PixelLinear(channels, channels)
 
     def __call__(self, x: jax.Array, past: Past) -> tuple[jax.Array, Past]:
-        q, k, v = jnp.split(self.to_qkv(self.norm(x)), 3, axis=-1)
+        q, k, v = jnp.split(self.to_qkv(self.norm(x).astype(x.dtype)), 3, axis=-1)
         k, v = (self.crop(constrain(part, "t..c")) for part in (k, v))
         score = jnp.einsum("thwc,tijc->thwij", q, k, preferred_element_type=jnp.float32) * x.shape[-1] ** -0.5
         weight = jax.nn.softmax(score, axis=(-2, -1)).astype(v.dtype)
