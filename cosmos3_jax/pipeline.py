@@ -61,7 +61,7 @@ def encode(vae: Network, frames_thwc: Any) -> jax.Array:
     return vae.merge().encode(frames_thwc)
 
 
-# Without the option XLA leaves out roundings to bf16 where it can, here others than there: meshes would differ by all of bf16's error.
+# The option: else XLA leaves out roundings to bf16, others on another mesh, and they differ by as much as from float32.
 @functools.partial(jax.jit, static_argnums=2, compiler_options={"xla_allow_excess_precision": False})
 def decode(vae: Network, latents_thwc: Any, finish: Callable) -> jax.Array:
     """`VAE.decode`, compiled."""

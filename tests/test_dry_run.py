@@ -179,8 +179,8 @@ def test_what_fits_is_marked(monkeypatch):
         last = tables(dry_run.dry_run(JOB, 1, 1)[0])[-1]
         answers[gigabytes] = dict(zip(cells(last[0]), cells(last[2]), strict=True))["H200"]
     assert answers[200] == "no"
-    assert re.fullmatch(r"\d+ s\*", answers[120])
-    assert re.fullmatch(r"\d+ s", answers[60])
+    assert re.fullmatch(r"[\d.]+ s\*", answers[120])
+    assert re.fullmatch(r"[\d.]+ s", answers[60])
 
 
 def test_no_collectives_are_said_to_be_none(monkeypatch):

@@ -5,15 +5,14 @@ Everything is causal in time, so a clip streams through: the first frame alone, 
 `(output, past)`; past is None at the start of a clip. Memory holds one latent frame's activations, however long the clip.
 
 Decoding is shared by all devices: rows and columns are divided over the current mesh, and XLA fetches the neighbours' border
-rows that a convolution sees. Where they do not divide evenly the picture gets a `Margin`, kept at zero, as the border of a
-picture is for every convolution: the result is that of one device.
+rows that a convolution sees. Where they do not divide evenly the picture gets a margin (margin.py); the result is still that
+of one device.
 
 Arrays are channels last, [t, h, w, c]. A causal convolution is a 2-D one over its time taps laid side by side on channels:
 XLA's 3-D convolution is over twice as slow on CPUs and changes layouts on GPUs. Module names are those of the published
 tensors. Reference: diffusers 0.42.1, models/autoencoders/autoencoder_kl_wan.py.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,59 +21,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cosmos3_jax.axes import constrain, current_mesh, padded
+from cosmos3_jax.axes import constrain
 from cosmos3_jax.config import VAEConfig
+from cosmos3_jax.models.margin import NO_MARGIN, margin_of
 from cosmos3_jax.weights import plain
 
 Past = Any  # a tree of the frames that a block remembers, None at the start of a clip
 
 
-@dataclasses.dataclass(frozen=True)
-class Margin:
-    """A picture of h x w in the corner of rows x columns, or of any multiple of them; beyond it are zeros."""
-
-    h: int
-    w: int
-    rows: int
-    columns: int
-
-    def add(self, x: jax.Array) -> jax.Array:
-        """`x`, a picture alone, with its margin of zeros."""
-        return jnp.pad(x, ((0, 0), (0, self.rows - self.h), (0, self.columns - self.w), (0, 0)))
-
-    def crop(self, x: jax.Array) -> jax.Array:
-        """The picture alone."""
-        scale = x.shape[1] // self.rows
-        return x[:, : self.h * scale, : self.w * scale]
-
-    def clear(self, x: jax.Array) -> jax.Array:
-        """`x` with zeros beyond the picture."""
-        if (self.h, self.w) == (self.rows, self.columns):
-            return x
-        scale = x.shape[1] // self.rows
-        row, column = jnp.arange(x.shape[1])[:, None], jnp.arange(x.shape[2])
-        return jnp.where(((row < self.h * scale) & (column < self.w * scale))[..., None], x, 0)
-
-
-def margin_of(h: int, w: int) -> Margin:
-    """What h x w latents need to divide evenly over the current mesh."""
-    mesh = current_mesh()
-    parts = {} if mesh is None else mesh.shape
-    return Margin(h, w, padded(h, parts.get("h", 1)), padded(w, parts.get("w", 1)))
-
-
 class Spatial(nnx.Module):
     """A module that mixes pixels, and so must know where the picture ends."""
 
-    margin: Margin | None = None  # None: all is picture
-
-    def clear(self, x: jax.Array) -> jax.Array:
-        """`x` with zeros beyond the picture."""
-        return x if self.margin is None else self.margin.clear(x)
-
-    def crop(self, x: jax.Array) -> jax.Array:
-        """The picture alone."""
-        return x if self.margin is None else self.margin.crop(x)
+    margin = NO_MARGIN
 
 
 class Conv(Spatial):
@@ -91,7 +49,7 @@ class Conv(Spatial):
     def __call__(self, x: jax.Array, past: Past = None) -> tuple[jax.Array, Past]:
         channels, remembered = x.shape[-1], self.taps - self.time_stride
         weight, bias = self.weight[...], self.bias[...]
-        x = (self.clear(x) if self.pad != ((0, 0), (0, 0)) else x).astype(weight.dtype)
+        x = (self.margin.clear(x) if self.pad != ((0, 0), (0, 0)) else x).astype(weight.dtype)
         if remembered == 0:
             return convolve(x, weight, bias, self.pad), None
         if past is None:  # one frame, and zeros before it: only the last tap sees anything
@@ -115,7 +73,7 @@ class SpatialConv(Spatial):
         self.bias = plain((channels,), file_shape=(channels,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return convolve(self.clear(x), self.weight[...], self.bias[...], self.pad, self.stride)
+        return convolve(self.margin.clear(x), self.weight[...], self.bias[...], self.pad, self.stride)
 
 
 def convolve(x: jax.Array, weight: jax.Array, bias: jax.Array, pad: Sequence[tuple[int, int]], stride: int = 1) -> jax.Array:
@@ -165,7 +123,7 @@ class Attention(Spatial):
 
     def __call__(self, x: jax.Array, past: Past) -> tuple[jax.Array, Past]:
         q, k, v = jnp.split(self.to_qkv(self.norm(x).astype(x.dtype)), 3, axis=-1)
-        k, v = (self.crop(constrain(part, "t..c")) for part in (k, v))
+        k, v = (self.margin.crop(constrain(part, "t..c")) for part in (k, v))
         score = jnp.einsum("thwc,tijc->thwij", q, k, preferred_element_type=jnp.float32) * x.shape[-1] ** -0.5
         weight = jax.nn.softmax(score, axis=(-2, -1)).astype(v.dtype)
         mixed = constrain(jnp.einsum("thwij,tijc->thwc", weight, v), "thwc")
