@@ -36,6 +36,8 @@ def make_mesh(cfg: int = 1, tp: int = 1, devices: Sequence[jax.Device] | None = 
     the mesh does not fit the devices.
     """
     present = list(jax.devices() if devices is None else devices)
+    if not present:
+        raise InputError("devices: at least one is expected")
     if cfg not in (1, 2):
         raise InputError(f"cfg={cfg}: guidance has two branches; use cfg=1 or cfg=2")
     if tp < 1:
@@ -71,9 +73,9 @@ def picture_mesh(mesh: Mesh, h: int, w: int) -> Mesh:
 
 
 def padded(size: int, parts: int) -> int:
-    """`size`, or the next number that divides into `parts`."""
+    """`size` with what it lacks to divide into `parts`; at least 3, if it is divided at all."""
     if parts > 1:
-        size = max(size, 3)  # XLA's partitioner takes a 3x3 convolution over 2 rows for a matrix product, and gets it wrong
+        size = max(size, 3)  # 2 rows over 2 devices: XLA's partitioner gets a 3x3 convolution wrong (as of jax 0.12)
     return -(-size // parts) * parts
 
 
@@ -88,7 +90,7 @@ def _mesh(devices: np.ndarray, names: tuple[str, ...]) -> Mesh:
 def spec(dims: str, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How an array with these letters is divided over `mesh`: `spec("NHD", mesh)` is `P("tp", None, None)`.
 
-    A letter whose axis the mesh does not have is whole.
+    A letter whose axis the mesh does not have, and any other sign ("."), is whole.
     """
     axes = (MESH_AXIS.get(letter) for letter in dims)
     return PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in axes))

@@ -78,7 +78,7 @@ class Checkpoint:
     def open(cls, path: str | Path, *, weights: bool = True) -> Self:
         """Reads the JSON of a folder, or of a Hugging Face repository ("nvidia/Cosmos3-Nano", downloaded first).
 
-        Without `weights` only JSON is downloaded.
+        Without `weights` everything else is downloaded.
         """
         folder = locate(path, weights=weights)
         index = read_json(folder / "model_index.json")
@@ -107,7 +107,8 @@ def locate(path: str | Path, *, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["model_index.json", "assets/*.json", *(f"{part}/{'*' if weights else '*.json'}" for part in FOLDERS)]
+    kinds = ["*"] if weights else ["*.json", "*.jinja"]
+    wanted = ["model_index.json", "assets/*.json", *(f"{part}/{kind}" for part in FOLDERS for kind in kinds)]
     try:
         return Path(snapshot_download(str(path), allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

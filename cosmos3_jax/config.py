@@ -118,7 +118,7 @@ class TransformerConfig:
     def check_tensor_parallel(self, tp: int) -> None:
         """Raises InputError unless `tp` devices can divide the heads and the MLP evenly."""
         for what, size in self._divided().items():
-            if size % tp:
+            if tp < 1 or size % tp:
                 possible = ", ".join(map(str, self.tensor_parallel_sizes()))
                 raise InputError(f"tp={tp} does not divide {size} {what}; use tp in {{{possible}}}")
 

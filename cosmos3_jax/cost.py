@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+KINDS = ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce-scatter")
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """An operation in which devices talk to each other."""
 
-    kind: str  # "all-reduce", "all-gather", "collective-permute", "all-to-all" or "reduce-scatter"
+    kind: str  # one of KINDS
     shape: str  # of its result on one device, as HLO writes it: "f32[2,48,45,80,48]"
     count: int  # times that one run of the program performs it
     computation: str  # where it stands in the program: a loop's body, or the entry
@@ -20,13 +22,14 @@ class Collective:
     @property
     def nbytes(self) -> int:
         """Bytes of the results on one device, of one run of the program."""
-        return self.count * sum(_nbytes(kind, sizes) for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", self.shape))
+        return self.count * sum(_nbytes(dtype, sizes) for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", self.shape))
 
 
 def collectives(hlo: str) -> list[Collective]:
     """The collectives of a compiled program (`compiled.as_text()`), those in loops counted as often as the loop runs.
 
-    Of a loop whose length XLA does not know, one run is counted; branches (`lax.cond`) are not followed.
+    Of programs compiled for CPUs: GPUs write pairs of start and done. Of a loop whose length XLA does not know, one run is
+    counted; branches (`lax.cond`) are not followed.
     """
     bodies = dict(_computations(hlo))
     runs = Counter({name: 1 for name in bodies if name.startswith("ENTRY")})
@@ -36,12 +39,9 @@ def collectives(hlo: str) -> list[Collective]:
             trips = int(match[1]) if (match := re.search(r'"known_trip_count":\{"n":"(\d+)"', line)) else 1
             for callee in re.findall(r"(?:body|calls|to_apply)=%?([\w.-]+)", line):
                 runs[callee] += runs[name] * trips
-            if match := re.search(rf" = (\(?.*?\)?) ({_KINDS})(?:-start)?\(", line):
+            if match := re.search(rf" = (\(?.*?\)?) ({'|'.join(KINDS)})\(", line):
                 found.append(Collective(match[2], re.sub(r"\{[\d,]*\}", "", match[1]), runs[name], name.removeprefix("ENTRY ")))
     return found
-
-
-_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 
 def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
@@ -50,8 +50,8 @@ def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
         yield name.replace("%", ""), body.splitlines()
 
 
-def _nbytes(kind: str, sizes: str) -> int:
-    bits = 8 if kind == "pred" else int(re.sub(r"\D*(\d+).*", r"\1", kind))
+def _nbytes(dtype: str, sizes: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.sub(r"\D*(\d+).*", r"\1", dtype))
     return math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
 
 
@@ -62,15 +62,19 @@ def flops(jaxpr: Any) -> int:
     """
     total = 0
     for equation in jaxpr.eqns:
-        name, out = equation.primitive.name, equation.outvars[0].aval
+        name, outputs = equation.primitive.name, [variable.aval for variable in equation.outvars]
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
-            total += 2 * math.prod(out.shape) * math.prod(left[axis] for axis in contracted)
+            total += 2 * math.prod(outputs[0].shape) * math.prod(left[axis] for axis in contracted)
         elif name == "conv_general_dilated":
-            kernel, outputs = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec[0]
-            total += 2 * math.prod(out.shape) * math.prod(kernel) // kernel[outputs]
-        times = {"scan": lambda p: p["length"], "shard_map": lambda p: p["mesh"].size}.get(name, lambda _: 1)(equation.params)
+            kernel, channels = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec[0]
+            total += 2 * math.prod(outputs[0].shape) * math.prod(kernel) // kernel[channels]
+        times = 1
+        if name == "scan":
+            times = equation.params["length"]
+        elif name == "shard_map":
+            times = equation.params["mesh"].size
         total += times * sum(flops(inner) for inner in _inner(equation.params))
     return total
 

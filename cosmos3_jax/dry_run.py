@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from cosmos3_jax.cost import KINDS
 from cosmos3_jax.estimate import Estimate, Job, Stage, estimate
-from cosmos3_jax.gpus import GPUS
+from cosmos3_jax.gpus import GPU, GPUS
 
 MESHES = ((1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 4), (1, 8))  # (cfg, tp) of one host
-KINDS = ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce-scatter")
 NAMES = [gpu.name for gpu in GPUS]
 
 
@@ -55,17 +55,17 @@ def _time(e: Estimate) -> str:
     ]
     flops = sum(s.runs * s.flops for s in e.stages)
     rows.append(["all", _short(flops / 1e15), *(_short(e.total_seconds(gpu)) for gpu in GPUS)])
-    rows.append(["links, at most", "", *(_short(e.link_seconds(gpu)) for gpu in GPUS)])
+    rows.append(["links, nothing overlapped", "", *(_short(e.link_seconds(gpu)) for gpu in GPUS)])
     return _table(["seconds at least", "PFLOP", *NAMES], rows)
 
 
 def _meshes(estimates: Sequence[Estimate]) -> str:
-    def cell(e: Estimate, gpu: Any) -> str:
+    def cell(e: Estimate, gpu: GPU) -> str:
         mark = {"yes": "", "tight": "*"}
         return f"{_short(e.total_seconds(gpu))} s{mark[e.fits(gpu)]}" if e.fits(gpu) in mark else "no"
 
     rows = [[f"--cfg {e.cfg} --tp {e.tp}", _gigabytes(e.highest), *(cell(e, gpu) for gpu in GPUS)] for e in estimates]
-    notes = "no: does not fit. *: fits with XLA_PYTHON_CLIENT_MEM_FRACTION=.95 (JAX takes 75 % of the memory by default)."
+    notes = "no: does not fit. *: above the 75 % of the memory that JAX takes; try XLA_PYTHON_CLIENT_MEM_FRACTION=.95."
     return _table(["mesh", "peak GB", *NAMES], rows) + "\n\n" + notes
 
 
@@ -77,7 +77,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _gigabytes(nbytes: int) -> str:
-    return _short(nbytes / 1e9)
+    return "0" if nbytes < 1e3 else _short(nbytes / 1e9)
 
 
 def _short(number: float) -> str:
@@ -91,9 +91,13 @@ def _json(e: Estimate) -> dict[str, Any]:
             "runs": s.runs,
             "flops": s.flops,
             "bytes": {"weights": s.weights, "inputs": s.inputs, "results": s.results, "scratch": s.scratch, "peak": e.peak(s)},
-            "collectives": {kind: s.collected(kind) for kind in KINDS if s.collected(kind)[0]},
+            "collectives": {
+                kind: dict(zip(("count", "bytes"), s.collected(kind), strict=True)) for kind in KINDS if s.collected(kind)[0]
+            },
         }
         for s in e.stages
     }
-    gpus = {gpu.name: {"fits": e.fits(gpu), "seconds": e.total_seconds(gpu), "links": e.link_seconds(gpu)} for gpu in GPUS}
+    gpus = {
+        gpu.name: {"fits": e.fits(gpu), "seconds": e.total_seconds(gpu), "link_seconds": e.link_seconds(gpu)} for gpu in GPUS
+    }
     return {"cfg": e.cfg, "tp": e.tp, "weights": e.weights, "peak": e.highest, "stages": stages, "gpus": gpus}

@@ -8,7 +8,6 @@ and no float32 copies in front of a convolution, which are in the scratch counte
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -31,7 +30,7 @@ from cosmos3_jax.weights import Network
 TEXT_TOKENS = 512  # of each branch, if the prompt cannot be counted: four buckets, a long paragraph
 # As large; of bfloat16 weights XLA's CPU backend would keep float32 copies.
 STAND_IN = {"bfloat16": "float16", "float32": "float32"}
-# Answers, and the share of a GPU's memory that they stand for: what JAX takes by default, and what it can be given
+# Answer -> share of a GPU's memory: what JAX takes by default, and the most it can sensibly be given
 SHARES = {"yes": 0.75, "tight": 0.95}
 
 
@@ -103,12 +102,12 @@ class Estimate:
         return sum(self.seconds(stage, gpu) for stage in self.stages)
 
     def link_seconds(self, gpu: GPU) -> float:
-        """The time of all collectives at the link's peak, at most; what overlaps arithmetic costs nothing."""
+        """The time of all collectives at the link's peak, one after the other, as if all GPUs were on one host."""
         return sum(stage.sent for stage in self.stages) / gpu.link
 
 
 def virtual_devices(count: int) -> None:
-    """Makes this process one of `count` CPU devices. Raises InputError if it has fewer already."""
+    """Gives this process `count` CPU devices and no others, before JAX starts. Raises InputError if it has fewer already."""
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
@@ -118,7 +117,10 @@ def virtual_devices(count: int) -> None:
 
 
 def estimate(job: Job, cfg: int, tp: int) -> Estimate:
-    """What a job takes on a mesh of cfg x tp devices. Raises InputError where the mesh or the heads do not allow it."""
+    """What a job takes on a mesh of cfg x tp devices, of a process that has `virtual_devices`.
+
+    Raises InputError where the mesh or the heads do not allow it.
+    """
     mesh = make_mesh(cfg, tp, jax.devices("cpu"))
     job.transformer.check_tensor_parallel(tp)
     networks = abstract_networks(job.transformer, job.vae, mesh, STAND_IN[job.dtype])
@@ -126,7 +128,7 @@ def estimate(job: Job, cfg: int, tp: int) -> Estimate:
     return Estimate(cfg, tp, job.dtype, _nbytes(networks), stages)
 
 
-def towers(job: Job, networks: Networks, mesh: Mesh) -> Iterator[Stage]:
+def towers(job: Job, networks: Networks, mesh: Mesh) -> tuple[Stage, Stage]:
     """Prefill and one denoising step."""
     config, request, S = job.transformer, job.request, job.text_tokens
     t, h, w = job.vae.latent_shape(request.num_frames, request.height, request.width)
@@ -136,7 +138,7 @@ def towers(job: Job, networks: Networks, mesh: Mesh) -> Iterator[Stage]:
     length_B, half = array(B, dtype=jnp.int32), config.head_dim // 2
     with jax.set_mesh(mesh):
         text = Rotary(array(1, S, half), array(1, S, half))
-        yield _stage("prefill", networks.und, prefill, networks.und, array(B, S, dtype=jnp.int32), length_B, text)
+        prefilled = _stage("prefill", networks.und, prefill, networks.und, array(B, S, dtype=jnp.int32), length_B, text)
         shape = config.num_hidden_layers, B, S, config.num_key_value_heads, config.head_dim
         keys = array(*shape, dtype=STAND_IN[job.dtype], dims="LBSKH")
         inputs = networks.gen, Rotary(array(B, G, half), array(B, G, half)), Prefix(keys, keys, length_B)
@@ -144,20 +146,22 @@ def towers(job: Job, networks: Networks, mesh: Mesh) -> Iterator[Stage]:
         state, given = sampler.State(*[latents] * 4), sampler.Given(latents, array(t, dtype=bool))
         step = sampler.unipc_steps(np.array([0.9]))
         stage = _stage("step", networks.gen, sampler.run_steps, velocity, inputs, state, step, given)
-        yield dataclasses.replace(stage, runs=request.num_inference_steps)
+    return prefilled, dataclasses.replace(stage, runs=request.num_inference_steps)
 
 
-def autoencoder(job: Job, networks: Networks, mesh: Mesh) -> Iterator[Stage]:
+def autoencoder(job: Job, networks: Networks, mesh: Mesh) -> list[Stage]:
     """The encoder, if frames came with the request, and the decoder."""
     t, h, w = job.vae.latent_shape(job.request.num_frames, job.request.height, job.request.width)
+    stages = []
     if job.request.image is not None or job.request.video is not None:
         count = 1 if job.request.video is None else frames_needed(job.request, job.vae)
         frames = _array(mesh, count, job.request.height, job.request.width, 3)
         with jax.set_mesh(mesh):
             stage = _stage("encode", networks.vae, encode, networks.vae, frames)
-        yield dataclasses.replace(stage, flops=stage.flops * mesh.size)  # every device encodes all of it
+        stages.append(dataclasses.replace(stage, flops=stage.flops * mesh.size))  # every device encodes all of it
     with jax.set_mesh(picture_mesh(mesh, h, w)):
-        yield _stage("decode", networks.vae, decode, networks.vae, _array(mesh, t, h, w, job.vae.z_dim), uint8)
+        stages.append(_stage("decode", networks.vae, decode, networks.vae, _array(mesh, t, h, w, job.vae.z_dim), uint8))
+    return stages
 
 
 def _array(mesh: Mesh, *sizes: int, dtype: Any = jnp.float32, dims: str = "") -> Any:

@@ -98,11 +98,12 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _dry_run(arguments: argparse.Namespace) -> None:
     """Tells what the request would need on this mesh, and on every mesh of one host."""
-    virtual_devices(max(8, arguments.cfg * arguments.tp))
     if arguments.preset is not None and arguments.checkpoint is not None:
         raise InputError("--preset and --checkpoint: give one of them")
     checkpoint = _checkpoint(arguments, weights=False) if arguments.preset is None else None
     transformer, vae = (PRESETS[arguments.preset], WAN_VAE) if checkpoint is None else (checkpoint.transformer, checkpoint.vae)
+    transformer.check_tensor_parallel(arguments.tp)
+    virtual_devices(max(8, 2 * arguments.tp))
     request = open_media(resolve(_request(arguments), transformer, vae), vae)
     text_tokens = TEXT_TOKENS
     if checkpoint is not None and (checkpoint.folder / "text_tokenizer").is_dir():
@@ -198,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--dry-run",
         action="store_true",
-        help="tell the memory, FLOPs and least time; needs no GPU, no weights",
+        help="tell the memory, FLOPs and least time; needs no GPU and no weights",
     )
     add("--preset", choices=("nano", "super", "edge"), help="the model of a dry run without --checkpoint")
     add("--out", metavar="FILE", help=".mp4, or .png, .jpg, .webp of one frame (cosmos3.mp4)")

@@ -1,4 +1,4 @@
-"""What named GPUs can do at most, as their makers publish it: the only table of such numbers in the project."""
+"""What named GPUs can do at most, as NVIDIA publishes it."""
 
 import dataclasses
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from tqdm import tqdm
 
 from cosmos3_jax import media, positions, sampler
@@ -27,12 +27,14 @@ from cosmos3_jax.config import InputError, TransformerConfig, VAEConfig
 from cosmos3_jax.models.layers import Rotary
 from cosmos3_jax.models.transformer import GenTower, Prefix, UndTower
 from cosmos3_jax.models.vae import VAE, uint8, unit
-from cosmos3_jax.processes import is_first
+from cosmos3_jax.processes import agree, is_first
 from cosmos3_jax.prompt import load_tokenizer, pad, system_prompt, texts, tokenize
 from cosmos3_jax.request import Request, ResolvedRequest, resolve
 from cosmos3_jax.weights import Network, by_path, split
 
 DTYPES = ("float32", "bfloat16")
+# Else XLA drops some roundings to bf16, others on each mesh, and results differ between meshes by as much as from float32.
+AS_WRITTEN = {"xla_allow_excess_precision": False}
 
 
 class Networks(NamedTuple):
@@ -55,14 +57,13 @@ def prefill(und: Network, ids_BS: Any, length_B: Any, rotary: Rotary) -> Prefix:
     return und.merge().prefill(ids_BS, length_B, rotary)
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=AS_WRITTEN)
 def encode(vae: Network, frames_thwc: Any) -> jax.Array:
     """`VAE.encode`, compiled."""
     return vae.merge().encode(frames_thwc)
 
 
-# The option: else XLA leaves out roundings to bf16, others on another mesh, and they differ by as much as from float32.
-@functools.partial(jax.jit, static_argnums=2, compiler_options={"xla_allow_excess_precision": False})
+@functools.partial(jax.jit, static_argnums=2, compiler_options=AS_WRITTEN)
 def decode(vae: Network, latents_thwc: Any, finish: Callable) -> jax.Array:
     """`VAE.decode`, compiled."""
     return vae.merge().decode(latents_thwc, finish)
@@ -119,6 +120,8 @@ class Cosmos3Pipeline:
         """
         checkpoint = Checkpoint.open(path)
         mesh = make_mesh() if mesh is None else mesh
+        if not isinstance(mesh, Mesh) or mesh.axis_names != ("cfg", "tp") or AxisType.Explicit in mesh.axis_types:
+            raise InputError(f"mesh: one that make_mesh(cfg, tp) makes is expected, not {mesh!r}")
         if dtype is None:
             dtype = "bfloat16" if mesh.devices.flat[0].platform == "gpu" else "float32"
         if dtype not in DTYPES:
@@ -158,8 +161,8 @@ class Cosmos3Pipeline:
         """Generates; what each setting means stands at its field of `Request`.
 
         `callback_on_step_end(step, timestep, latents [1, c, t, h, w])` may return new latents, or False to end the run after
-        this step; with `steps_per_call` > 1 it is called for the last step of each call. Raises InputError for a value that
-        cannot be used.
+        this step; with `steps_per_call` > 1 it is called for the last step of each call. Of several processes, each calls the
+        pipeline, and all callbacks must answer the same. Raises InputError for a value that cannot be used.
         """
         asked = {name: value for name, value in locals().items() if name not in ("self", "callback_on_step_end", "progress")}
         return self.run(Request(**asked), callback_on_step_end=callback_on_step_end, progress=progress)
@@ -176,6 +179,7 @@ class Cosmos3Pipeline:
         with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
             with _timed(seconds, "tokenize"):
                 ids_BS, length_B = token_ids(request, self.checkpoint, self.tokenizer, self.mesh.shape["cfg"])
+            agree([request.num_frames, request.height, request.width, request.seed, steps, ids_BS.tolist()])
             text, vision = self._rotary(request, ids_BS, length_B)
             with _timed(seconds, "encode"):
                 given = self._encode_given(request)
@@ -261,7 +265,7 @@ def token_ids(request: ResolvedRequest, checkpoint: Checkpoint, tokenizer: Any, 
         warnings.warn(
             f"cfg=2 with guidance_scale={request.guidance_scale} (guidance is on above 1): half of the devices compute "
             "nothing of use; cfg=1 and twice the tp is faster",
-            stacklevel=4,
+            stacklevel=4,  # the caller of Cosmos3Pipeline.__call__
         )
     return pad([tokenize(tokenizer, text, system) for text in branches])
 

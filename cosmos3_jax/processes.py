@@ -4,6 +4,7 @@ The same command is started once for each process; JAX then shows every one of t
 stops sending heartbeats, and JAX ends the others, with a message and a non-zero code.
 """
 
+import hashlib
 import os
 import re
 import socket
@@ -12,11 +13,13 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from cosmos3_jax.config import InputError
 
 HEARTBEAT_SECONDS = 30  # silence after which a process counts as dead
-START_SECONDS = 120  # JAX waits about twice as long for the processes that are not there yet
+START_SECONDS = 120  # what JAX is told to wait for processes that are not there yet; it takes about twice as long
 FAREWELL_SECONDS = 2  # what the others have to say something of their own before the end of process 0 ends them
 
 
@@ -24,13 +27,13 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
     """Makes this process one of several. Call it before any device is touched; alone, it does nothing.
 
     `coordinator` is "HOST:PORT", an address of process 0 that all can reach. With no arguments JAX asks SLURM, Open MPI
-    or Kubernetes, if one of them started this process as one of several. Raises InputError for values that cannot be meant.
+    or Kubernetes, if one of them started this process as one of several; `num_processes=1` alone says that it is not. A process
+    with arguments takes every GPU that it sees. Raises InputError for values that cannot be meant.
     """
-    given = coordinator, num_processes, process_id
-    if given == (None, None, None):
-        if _launched_as_one_of_several():
+    if coordinator is None and process_id is None and num_processes in (None, 1):
+        if num_processes is None and _launched_as_one_of_several():
             # [] is all GPUs; without, JAX gives each process the one of its number on the host
-            _initialize({"local_device_ids": []} if _alone_on_its_host() else {})
+            _initialize(**({"local_device_ids": []} if _alone_on_its_host() else {}))
         return
     if coordinator is None or num_processes is None or process_id is None:
         raise InputError("--coordinator HOST:PORT, --num-processes N and --process-id I belong together; give all three")
@@ -39,48 +42,65 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
         raise InputError(f"coordinator={coordinator!r}: HOST:PORT of process 0 is expected, for example 10.0.0.1:1234")
     if not 0 <= process_id < num_processes:
         raise InputError(f"process_id={process_id}, num_processes={num_processes}: processes are numbered from 0 to N - 1")
-    if process_id == 0:
-        _check_free(coordinator, int(port))
+    _check_address(coordinator, host.strip("[]"), int(port), listens=process_id == 0)
     print(f"process {process_id} of {num_processes}: waiting for the others at {coordinator}", file=sys.stderr, flush=True)
-    names = "coordinator_address", "num_processes", "process_id"
-    # "deactivate": else a SLURM job around it would leave an explicit process one GPU
-    _initialize(dict(zip(names, given, strict=True)) | {"cluster_detection_method": "deactivate"})
+    _initialize(
+        coordinator_address=coordinator,
+        num_processes=num_processes,
+        process_id=process_id,
+        cluster_detection_method="deactivate",  # else a SLURM job around it would leave this process one GPU
+    )
 
 
-def _check_free(coordinator: str, port: int) -> None:
-    """Raises InputError for a port in use: as of jax 0.12 XLA would mostly end with a segmentation fault."""
+def _check_address(coordinator: str, host: str, port: int, *, listens: bool) -> None:
+    """Raises InputError for a host without an address and for a port in use; XLA (as of jax 0.12) would wait, then crash."""
+    what = "there is no such host"
     try:
-        socket.create_server(("", port)).close()
+        socket.getaddrinfo(host, port)
+        if listens:
+            what = "process 0 cannot listen on this port"
+            socket.create_server(("", port)).close()
     except OSError as error:
-        raise InputError(f"coordinator={coordinator!r}: process 0 cannot listen on this port ({error.strerror})") from error
+        raise InputError(f"coordinator={coordinator!r}: {what} ({error.strerror})") from error
 
 
-def _initialize(settings: dict[str, Any]) -> None:
+def _initialize(**settings: Any) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     settings |= {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "initialization_timeout": START_SECONDS}
     try:
         jax.distributed.initialize(**settings)
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"the processes could not find each other ({error}); is the coordinator's port free?") from error
+        raise InputError(f"the processes could not find each other: {error}") from error
+    jax.devices()  # they tell each other their devices now: after a long download some would have stopped waiting
 
 
 def _launched_as_one_of_several() -> bool:
     """Whether SLURM (srun), Open MPI (mpirun) or an indexed job of Kubernetes started this process beside others."""
     seen = os.environ.get
-    slurm = "SLURM_STEP_NODELIST" in os.environ and int(seen("SLURM_NTASKS", "1")) > 1
+    tasks = seen("SLURM_STEP_NUM_TASKS") or seen("SLURM_NTASKS", "1")
+    slurm = "SLURM_STEP_NODELIST" in os.environ and int(tasks) > 1
     open_mpi = int(seen("OMPI_COMM_WORLD_SIZE", "1")) > 1
     return slurm or open_mpi or {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys()
 
 
 def _alone_on_its_host() -> bool:
-    seen = os.environ.get
-    one_on_each = re.fullmatch(r"1(\(x\d+\))?", seen("SLURM_TASKS_PER_NODE", ""))  # not "1(x2),2"
-    return one_on_each is not None or seen("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    if size := os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"):  # first, as JAX asks: mpirun may run inside a SLURM job
+        return size == "1"
+    return re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_TASKS_PER_NODE", "")) is not None  # not "1(x2),2"
 
 
 def are_several() -> bool:
     """Whether other processes run beside this one."""
     return jax.distributed.is_initialized()
+
+
+def agree(what: object) -> None:
+    """Raises InputError unless all processes give the same, by its repr: unlike programs would wait for each other for ever."""
+    if are_several():
+        try:
+            multihost_utils.assert_equal(np.frombuffer(hashlib.sha256(repr(what).encode()).digest(), np.uint8))
+        except AssertionError as error:
+            raise InputError("the processes were asked for different things; give all the same flags and files") from error
 
 
 def is_first() -> bool:

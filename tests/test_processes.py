@@ -26,7 +26,8 @@ from cosmos3_jax.checkpoint import BUILT_IN
 CLI = ["-m", "cosmos3_jax.generate", "--prompt", "a red ball", "--height", "64", "--width", "96"]
 VIDEO = [*CLI, "--num-frames", "5", "--steps", "3"]
 PICTURE = [*CLI, "--num-frames", "1", "--steps", "3"]
-QUICK = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # half the time: most of a run is compilation
+# Half the time, as most of a run is compilation; and as many threads for four devices as for eight: sums follow their number.
+QUICK = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "NPROC": "8"}
 LAUNCHERS = "SLURM_", "OMPI_", "KUBERNETES_", "JOB_COMPLETION_INDEX"
 SLURM = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "16", "SLURM_TASKS_PER_NODE": "8(x2)"}
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}
@@ -83,16 +84,31 @@ def test_what_cannot_be_meant_is_refused(initialized, given, sentence):
     [
         {},
         SLURM | {"SLURM_NTASKS": "1", "SLURM_TASKS_PER_NODE": "1"},
+        SLURM | {"SLURM_STEP_NUM_TASKS": "1"},  # the shell of an interactive job: its tasks are still to come
         {"SLURM_NTASKS": "16", "SLURM_JOB_NODELIST": "n[1-2]"},
         OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"},
         {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
     ],
-    ids=["by hand", "one task of SLURM", "SLURM without srun", "one process of Open MPI", "a pod of its own"],
+    ids=[
+        "by hand",
+        "one task of SLURM",
+        "a shell of SLURM",
+        "SLURM without srun",
+        "one process of Open MPI",
+        "a pod of its own",
+    ],
 )
 def test_alone_nothing_is_started(initialized, monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     processes.join()
+    assert initialized == []
+
+
+def test_one_can_say_that_it_is_alone(initialized, monkeypatch):
+    for name, value in KUBERNETES.items():
+        monkeypatch.setenv(name, value)
+    processes.join(num_processes=1)
     assert initialized == []
 
 
@@ -106,14 +122,15 @@ def test_alone_one_speaks_and_goes_on():
 @pytest.mark.parametrize(
     ("environment", "local_devices"),
     [
-        (SLURM, "one each"),
-        (SLURM | {"SLURM_NTASKS": "8", "SLURM_TASKS_PER_NODE": "8"}, "one each"),
-        (SLURM | {"SLURM_NTASKS": "20", "SLURM_TASKS_PER_NODE": "10(x2)"}, "one each"),
-        (SLURM | {"SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "1(x2),2"}, "one each"),
+        (SLURM, "as JAX decides"),
+        (SLURM | {"SLURM_NTASKS": "8", "SLURM_TASKS_PER_NODE": "8"}, "as JAX decides"),
+        (SLURM | {"SLURM_NTASKS": "20", "SLURM_TASKS_PER_NODE": "10(x2)"}, "as JAX decides"),
+        (SLURM | {"SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "1(x2),2"}, "as JAX decides"),
         (SLURM | {"SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "1(x2)"}, "all"),
-        (OPEN_MPI, "one each"),
+        (OPEN_MPI | SLURM | {"SLURM_NTASKS": "1", "SLURM_TASKS_PER_NODE": "1"}, "as JAX decides"),  # mpirun in a SLURM job
+        (OPEN_MPI, "as JAX decides"),
         (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "all"),
-        (KUBERNETES, "one each"),
+        (KUBERNETES, "as JAX decides"),
     ],
 )
 def test_launched_beside_others_it_joins_them(initialized, monkeypatch, environment, local_devices):
@@ -143,8 +160,14 @@ def test_what_jax_refuses_is_one_sentence(initialized, monkeypatch, error):
         raise error("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
-    with pytest.raises(InputError, match=r"could not find each other \(coordinator_address should be defined\.\)"):
-        processes.join("a:1", 2, 0)
+    with pytest.raises(InputError, match=r"could not find each other: coordinator_address should be defined\."):
+        processes.join("localhost:1", 2, 1)
+
+
+def test_a_host_that_is_not_there_is_said_to_be(initialized):
+    with pytest.raises(InputError, match=r"coordinator='nowhere\.invalid:1234': there is no such host"):
+        processes.join("nowhere.invalid:1234", 2, 1)
+    assert initialized == []
 
 
 # What they make
@@ -229,21 +252,26 @@ def of_ours(out: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def one_without_the_image(start, tmp_path_factory):
+def image(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "a.png"
+    Image.new("RGB", (96, 64), "navy").save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def one_without_the_image(start, image, tmp_path_factory):
     """Two processes, of which the second has not got the image that both were asked to show. See `video`."""
     folder = tmp_path_factory.mktemp("one_without")
-    image = tmp_path_factory.mktemp("image") / "a.png"
-    Image.new("RGB", (96, 64)).save(image)
     own = ["--image", image], ["--image", "no.png"]
     return folder, together(start, [*VIDEO, "--cfg", 2, "--tp", 4, "--out", folder / "a.mp4"], own=own)
 
 
 @pytest.fixture(scope="module")
-def video(start, tmp_path_factory, one_without_the_image):
-    """A video of two processes. The half minute until a silent one is missed passes meanwhile (`one_without_the_image`)."""
+def video(start, image, tmp_path_factory, one_without_the_image):
+    """A video of two processes, from an image. Meanwhile passes the half minute until a silent one is missed, above."""
     folder = tmp_path_factory.mktemp("video")
     own = ["--out", folder / "first.mp4"], ["--out", folder / "second.mp4"]
-    both = together(start, [*VIDEO, "--cfg", 2, "--tp", 4], own=own)
+    both = together(start, [*VIDEO, "--image", image, "--cfg", 2, "--tp", 4], own=own)
     end_well(both)
     return folder / "first.mp4", both
 
@@ -264,10 +292,11 @@ def test_the_first_process_speaks_for_both(video):
     assert re.fullmatch(r"process 1 of 2: waiting for the others at .*\n", second.err)
 
 
-def test_one_process_with_all_devices_writes_the_same_file(video, start, tmp_path):
+def test_one_process_with_all_devices_writes_the_same_file(video, start, image, tmp_path):
     # Through gloo too: within a plain process XLA adds four partial products in another order.
     path, _ = video
-    (alone,) = together(start, [*VIDEO, "--cfg", 2, "--tp", 4, "--out", tmp_path / "a.mp4"], own=[()], devices=8)
+    flags = ["--image", image, "--cfg", 2, "--tp", 4, "--out", tmp_path / "a.mp4"]
+    (alone,) = together(start, [*VIDEO, *flags], own=[()], devices=8)
     end_well([alone])
     assert (tmp_path / "a.mp4").read_bytes() == path.read_bytes()
 
@@ -360,6 +389,15 @@ def test_what_only_the_first_is_refused_ends_both(start, tmp_path):
     assert first.err.endswith(f"a.png: the folder {tmp_path / 'no'} does not exist; create it first\n")
     assert second.code() != 0
     assert says_why(second.err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_were_asked_for_different_things_end(start, tmp_path):
+    # In collectives of unlike programs they would wait for each other for ever.
+    flags = [*PICTURE, "--cfg", 2, "--tp", 2, "--out", tmp_path / "a.png"]
+    for process in together(start, flags, own=(["--seed", 1], ["--seed", 2]), devices=2):
+        assert process.code() == 2, process.err
+        assert process.err.endswith("error: the processes were asked for different things; give all the same flags and files\n")
     assert not list(tmp_path.iterdir())
 
 

@@ -43,7 +43,7 @@ class Margin:
         return x.shape[1] // self.rows * self.h, x.shape[2] // self.columns * self.w
 
 
-NO_MARGIN = Margin(1, 1, 1, 1)
+NO_MARGIN = Margin(1, 1, 1, 1)  # one pixel in one pixel: of any array, all is picture
 
 
 def margin_of(h: int, w: int) -> Margin:

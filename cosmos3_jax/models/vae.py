@@ -4,9 +4,9 @@ Everything is causal in time, so a clip streams through: the first frame alone, 
 `lax.scan`, each causal convolution carrying the frames it must remember. A block is called as `block(x, past)` and returns
 `(output, past)`; past is None at the start of a clip. Memory holds one latent frame's activations, however long the clip.
 
-Decoding is shared by all devices: rows and columns are divided over the current mesh, and XLA fetches the neighbours' border
+Decoding is shared by all devices: rows and columns are divided over a mesh ("h", "w"), and XLA fetches the neighbours' border
 rows that a convolution sees. Where they do not divide evenly the picture gets a margin (margin.py); the result is still that
-of one device.
+of one device. Encoding, of one or a few frames, runs whole on every device.
 
 Arrays are channels last, [t, h, w, c]. A causal convolution is a 2-D one over its time taps laid side by side on channels:
 XLA's 3-D convolution is over twice as slow on CPUs and changes layouts on GPUs. Module names are those of the published
@@ -29,13 +29,13 @@ from cosmos3_jax.weights import plain
 Past = Any  # a tree of the frames that a block remembers, None at the start of a clip
 
 
-class Spatial(nnx.Module):
-    """A module that mixes pixels, and so must know where the picture ends."""
+class Bordered(nnx.Module):
+    """Base of the modules that see beyond one pixel, and so must know where the picture ends. `VAE.decode` tells them."""
 
     margin = NO_MARGIN
 
 
-class Conv(Spatial):
+class Conv(Bordered):
     """A causal convolution: `kernel` is (time, height, width), the frames before the clip are zeros."""
 
     def __init__(self, inputs: int, outputs: int, kernel: Sequence[int] = (3, 3, 3), *, time_stride: int = 1):
@@ -49,7 +49,9 @@ class Conv(Spatial):
     def __call__(self, x: jax.Array, past: Past = None) -> tuple[jax.Array, Past]:
         channels, remembered = x.shape[-1], self.taps - self.time_stride
         weight, bias = self.weight[...], self.bias[...]
-        x = (self.margin.clear(x) if self.pad != ((0, 0), (0, 0)) else x).astype(weight.dtype)
+        if self.pad != ((0, 0), (0, 0)):
+            x = self.margin.clear(x)
+        x = x.astype(weight.dtype)  # norms hand over float32
         if remembered == 0:
             return convolve(x, weight, bias, self.pad), None
         if past is None:  # one frame, and zeros before it: only the last tap sees anything
@@ -63,7 +65,7 @@ class Conv(Spatial):
         return convolve(window, weight, bias, self.pad), frames[-remembered:]
 
 
-class SpatialConv(Spatial):
+class SpatialConv(Bordered):
     """A 3x3 convolution of each frame, stride 1 ("same") or 2 (a zero row and column at the end)."""
 
     def __init__(self, channels: int, stride: int):
@@ -77,7 +79,7 @@ class SpatialConv(Spatial):
 
 
 def convolve(x: jax.Array, weight: jax.Array, bias: jax.Array, pad: Sequence[tuple[int, int]], stride: int = 1) -> jax.Array:
-    """The 2-D convolution of every frame; weight [height, width, in, out]."""
+    """The 2-D convolution of every frame; weight [height, width, in, out]. Rounded to x's dtype once, after the bias."""
     if weight.shape[:2] == (1, 1):
         y = x @ weight[0, 0]
     else:
@@ -114,7 +116,7 @@ class ResidualBlock(nnx.Module):
         return x + shortcut, (past1, past2)
 
 
-class Attention(Spatial):
+class Attention(Bordered):
     """One head of self-attention over the pixels of each frame: every device's queries see all keys."""
 
     def __init__(self, channels: int):
@@ -296,7 +298,7 @@ class VAE(nnx.Module):
         dtype = self.post_quant_conv.bias.dtype
         mean, inverse_std = self._statistics(dtype)
         margin = margin_of(*latents_thwc.shape[1:3])
-        self.decoder.set_attributes(Spatial, margin=margin)
+        self.decoder.set_attributes(Bordered, margin=margin)  # of this trace's own copy of the module
         z = margin.add(self.post_quant_conv(latents_thwc.astype(dtype) / inverse_std + mean)[0])
 
         def decoder(z, past):
