@@ -7,20 +7,20 @@ not 1, biases not 0. No torch.
 
 import argparse
 import dataclasses
-import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from cosmos3_jax.axes import make_mesh
-from cosmos3_jax.checkpoint import BUILT_IN, GEN_NAMES, UND_NAMES, file_names, file_shapes, unused_tensors, vae_file_names
+from cosmos3_jax.checkpoint import BUILT_IN
 from cosmos3_jax.config import TINY, TINY_VAE, TransformerConfig, VAEConfig
-from cosmos3_jax.pipeline import abstract_networks
+from cosmos3_jax.folder import write_json
+from cosmos3_jax.networks import abstract_networks
+from cosmos3_jax.published import file_shapes, names_of, unused_tensors
+from cosmos3_jax.safetensors_files import write_tensors
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -48,6 +48,15 @@ SCHEDULER = {
     "solver_order": 2,
     "solver_type": "bh2",
 }
+DISTILLED_SIGMAS = [1.0, 0.9375, 0.8333333333333334, 0.625]
+DISTILLED_SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "stochastic_sampling": True,
+    "fixed_step_requires_explicit_sigmas": True,
+    "fixed_step_sampler_config": {"sample_type": "sde", "t_list": DISTILLED_SIGMAS},
+}
 
 
 def write_checkpoint(
@@ -58,17 +67,25 @@ def write_checkpoint(
     seed: int = 0,
     dtype: Any = np.float32,
     shards: int = 1,
+    distilled: bool = False,
 ) -> Path:
-    """Fills `folder` with configs, the built-in tokenizer and random weights, the transformer's in `shards` files."""
+    """Fills `folder` with configs, the built-in tokenizer and random weights, the transformer's in `shards` files.
+
+    `distilled` makes it one of the four-step checkpoints.
+    """
     random = np.random.RandomState(seed)
-    write_weights(folder / "transformer", _random(transformer_shapes(transformer), random, dtype), shards)
-    write_weights(folder / "vae", _random(vae_shapes(vae), random, dtype), 1)
+    tensors = _random(transformer_shapes(transformer), random, dtype)
+    write_tensors(folder / "transformer", [dict(list(tensors.items())[i::shards]) for i in range(shards)])
+    write_tensors(folder / "vae", [_random(vae_shapes(vae), random, dtype)])
     if folder.resolve() != BUILT_IN:
         shutil.copytree(BUILT_IN / "text_tokenizer", folder / "text_tokenizer", dirs_exist_ok=True)
-    _write_json(folder / "model_index.json", model_index())
-    _write_json(folder / "transformer" / "config.json", transformer_json(transformer))
-    _write_json(folder / "vae" / "config.json", vae_json(vae))
-    _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    scheduler = DISTILLED_SCHEDULER if distilled else SCHEDULER
+    write_json(folder / "model_index.json", model_index(str(scheduler["_class_name"])))
+    write_json(folder / "transformer" / "config.json", transformer_json(transformer))
+    write_json(folder / "vae" / "config.json", vae_json(vae))
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    if distilled:
+        write_json(folder / "modular_model_index.json", modular_model_index())
     return folder
 
 
@@ -76,8 +93,8 @@ def transformer_shapes(config: TransformerConfig) -> Shapes:
     """Every published tensor of the transformer, also those that generation does not read."""
     networks = abstract_networks(config, TINY_VAE, make_mesh(), "float32")
     layers = config.num_hidden_layers
-    shapes = file_shapes(networks.und, file_names(UND_NAMES, networks.und, layers))
-    shapes |= file_shapes(networks.gen, file_names(GEN_NAMES, networks.gen, layers))
+    shapes = file_shapes(networks.und, names_of("und", networks.und, config))
+    shapes |= file_shapes(networks.gen, names_of("gen", networks.gen, config))
     D, V = config.hidden_size, config.vocab_size
     elsewhere = {"lm_head.weight": (V, D), "norm.weight": (D,)}
     if config.sound_gen:
@@ -114,7 +131,7 @@ def _action_shapes(D: int, size: int, domains: int) -> Shapes:
 def vae_shapes(config: VAEConfig) -> Shapes:
     """Every published tensor of the VAE."""
     vae = abstract_networks(TINY, config, make_mesh(), "float32").vae
-    return file_shapes(vae, vae_file_names(vae))
+    return file_shapes(vae, names_of("vae", vae, TINY))
 
 
 def _random(shapes: Shapes, random: np.random.RandomState, dtype: Any) -> dict[str, np.ndarray]:
@@ -129,27 +146,30 @@ def _random(shapes: Shapes, random: np.random.RandomState, dtype: Any) -> dict[s
     return tensors
 
 
-def write_weights(folder: Path, tensors: dict[str, np.ndarray], shards: int) -> None:
-    """The tensors in one safetensors file, or spread over several with their index."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = "diffusion_pytorch_model"
-    if shards == 1:
-        save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
-        return
-    files = {name: f"{stem}-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(tensors)}
-    for file in sorted(set(files.values())):
-        part = {name: tensors[name] for name in tensors if files[name] == file}
-        save_file(part, folder / file, metadata={"format": "pt"})
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    _write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": files})
-
-
-def model_index() -> dict[str, object]:
+def model_index(scheduler: str = str(SCHEDULER["_class_name"])) -> dict[str, object]:
     """model_index.json, as the published ones have it."""
-    return {
-        "_class_name": "Cosmos3OmniPipeline",
+    return {"_class_name": "Cosmos3OmniPipeline", "default_use_system_prompt": True} | _components(scheduler)
+
+
+def modular_model_index() -> dict[str, object]:
+    """modular_model_index.json, as the distilled checkpoints have it."""
+    about = {
+        "_class_name": "Cosmos3DistilledModularPipeline",
+        "_blocks_class_name": "Cosmos3DistilledBlocks",
+        "is_distilled": True,
+        "distilled_sigmas": DISTILLED_SIGMAS,
         "default_use_system_prompt": True,
-        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "enable_safety_checker": True,
+    }
+    components = _components(str(DISTILLED_SCHEDULER["_class_name"]))
+    where = {"pretrained_model_name_or_path": "random", "variant": None, "revision": None}
+    return about | {name: [*kind, {**where, "subfolder": name, "type_hint": kind}] for name, kind in components.items()}
+
+
+def _components(scheduler: str) -> dict[str, list[str]]:
+    """The parts of a pipeline: library and class."""
+    return {
+        "scheduler": ["diffusers", scheduler],
         "text_tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         "transformer": ["diffusers", "Cosmos3OmniTransformer"],
         "vae": ["diffusers", "AutoencoderKLWan"],
@@ -167,11 +187,6 @@ def vae_json(config: VAEConfig) -> dict[str, object]:
     return {"_class_name": "AutoencoderKLWan", "is_residual": True, "attn_scales": []} | dataclasses.asdict(config)
 
 
-def _write_json(path: Path, value: Mapping[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
 def write_tokenizer(folder: Path) -> None:
     """A byte-level BPE of 512 tokens, trained on a few sentences; any text can be written with it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -187,7 +202,7 @@ def write_tokenizer(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    _write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 

@@ -8,6 +8,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
+MOST = {"num_hidden_layers": 1000, "num_res_blocks": 100}  # of what a hostile file could have us loop over
+LEAST = {"unified_3d_mrope_temporal_modality_margin": 0}
+
 
 class InputError(ValueError):
     """A value from outside cannot be used; the message names it, what was expected and what to do."""
@@ -24,15 +27,27 @@ def _fields(cls: type, file: str, json: Mapping[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         value = tuple(value) if isinstance(value, list) else value
-        kind = type(field.default)
-        if kind is float and type(value) is int:
+        if type(field.default) is float and type(value) is int:
             value = float(value)
-        if field.default is not None and type(value) is not kind:
-            raise InputError(f"{file}: {field.name}={value!r} is not of the type of {field.default!r}")
-        if kind in (int, float) and not (value > 0 or (value == 0 and field.name.endswith("margin"))):
-            raise InputError(f"{file}: {field.name}={value!r} should be above 0")
+        if field.default is not None and not _alike(value, field.default):
+            raise InputError(f"{file}: {field.name}={_short(value)} is not of the type of {_short(field.default)}")
+        if type(value) in (int, float) and not (0 < value <= MOST.get(field.name, 1e9) or value == 0 == LEAST.get(field.name)):
+            raise InputError(f"{file}: {field.name}={value!r} should be above 0 and at most {MOST.get(field.name, 1e9):.0f}")
         known[field.name] = value
     return known
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether a value is of the type of a default; of a tuple, whether it is short and all its elements are."""
+    if not isinstance(default, tuple):
+        return type(value) is type(default)
+    kinds = {int: (int,), bool: (bool,), float: (int, float)}[type(default[0])] if default else ()
+    return isinstance(value, tuple) and len(value) < 1000 and all(type(each) in kinds and abs(each) < 1e9 for each in value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 100 else f"{text[:100]}..."
 
 
 def _require(file: str, json: Mapping[str, Any], **values: Any) -> None:
@@ -77,6 +92,8 @@ class TransformerConfig:
     def from_json(cls, json: Mapping[str, Any]) -> Self:
         """Reads `transformer/config.json`. Raises InputError for an architecture that is not implemented."""
         _require("transformer/config.json", json, attention_bias=False)
+        if json.get("quantization_config") is not None:
+            raise InputError("transformer/config.json: quantized weights are not supported; take the revision in bfloat16")
         file, scaling = "transformer/config.json", json.get("rope_scaling")
         section = scaling.get("mrope_section") if isinstance(scaling, Mapping) else None
         config = cls(**_fields(cls, file, {"rope_axes_dim": section}) | _fields(cls, file, json))
@@ -184,12 +201,19 @@ class SchedulerConfig:
     num_train_timesteps: int = 1000
     sigma_min: float = 0.147
     sigma_max: float = 200.0
+    distilled_sigmas: tuple[float, ...] = ()  # the noise levels that a distilled checkpoint was made for; it has no others
 
     @classmethod
-    def from_json(cls, json: Mapping[str, Any]) -> Self:
-        """Reads the scheduler's JSON. Raises InputError for any sampler but UniPC for flow matching, order 2, "bh2"."""
+    def from_json(cls, json: Mapping[str, Any], modular: Mapping[str, Any] | None = None) -> Self:
+        """Reads the scheduler's JSON, and of a distilled checkpoint `modular_model_index.json`.
+
+        Raises InputError for any sampler but UniPC for flow matching, order 2, "bh2", and the distilled ones' stochastic steps.
+        """
+        file = "scheduler/scheduler_config.json"
+        if json.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
+            return cls._distilled(file, json, modular or {})
         _require(
-            "scheduler/scheduler_config.json",
+            file,
             json,
             _class_name="UniPCMultistepScheduler",
             prediction_type="flow_prediction",
@@ -205,7 +229,38 @@ class SchedulerConfig:
             use_dynamic_shifting=False,
             shift_terminal=None,
         )
-        return cls(**_fields(cls, "scheduler/scheduler_config.json", json))
+        known = {key: value for key, value in json.items() if key != "distilled_sigmas"}
+        return cls(**_fields(cls, file, known))
+
+    @classmethod
+    def _distilled(cls, file: str, json: Mapping[str, Any], modular: Mapping[str, Any]) -> Self:
+        # shift: diffusers would shift these sigmas once more, NVIDIA's own sampler would not; at 1 they agree
+        _require(
+            file,
+            {"stochastic_sampling": False} | dict(json),
+            stochastic_sampling=True,
+            shift=1.0,
+            use_dynamic_shifting=False,
+            use_karras_sigmas=False,
+            use_exponential_sigmas=False,
+            use_beta_sigmas=False,
+            invert_sigmas=False,
+            shift_terminal=None,
+        )
+        sampler = json.get("fixed_step_sampler_config") or {}
+        lists = [sampler.get("t_list") if isinstance(sampler, Mapping) else sampler, modular.get("distilled_sigmas")]
+        given = [sigmas for sigmas in lists if sigmas is not None]
+        if not given or given[0] != given[-1]:
+            raise InputError(
+                f"{file}: fixed_step_sampler_config.t_list={lists[0]!r} and the distilled_sigmas={lists[1]!r} of "
+                "modular_model_index.json: one list of sigmas is expected, the same in both"
+            )
+        sigmas = given[0]
+        falls = isinstance(sigmas, list) and all(type(sigma) in (int, float) for sigma in sigmas)
+        if not sigmas or not falls or not all(a > b for a, b in zip([1.0000001, *sigmas], [*sigmas, 0], strict=True)):
+            raise InputError(f"{file}: the sigmas {sigmas!r} should fall from 1 or less, and stay above 0")
+        steps = {"num_train_timesteps": json.get("num_train_timesteps")}
+        return cls(**_fields(cls, file, steps), distilled_sigmas=tuple(map(float, sigmas)))
 
 
 NANO = TransformerConfig(sound_gen=True, sound_dim=64, action_gen=True, action_dim=64)
@@ -235,6 +290,7 @@ TINY = TransformerConfig(
     rope_axes_dim=(4, 2, 2),
     latent_channel=16,
 )
+UNIPC = SchedulerConfig()
 PRESETS = {"nano": NANO, "super": SUPER, "edge": EDGE, "tiny": TINY}
 WAN_VAE = VAEConfig()
 TINY_VAE = VAEConfig(base_dim=8, decoder_base_dim=12, z_dim=16, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)

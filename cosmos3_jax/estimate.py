@@ -23,7 +23,8 @@ from cosmos3_jax.gpus import GPU
 from cosmos3_jax.models.layers import Rotary
 from cosmos3_jax.models.transformer import Prefix
 from cosmos3_jax.models.vae import uint8
-from cosmos3_jax.pipeline import Networks, abstract_networks, decode, encode, frames_needed, prefill, velocity
+from cosmos3_jax.networks import Networks, abstract_networks
+from cosmos3_jax.pipeline import decode, encode, frames_needed, prefill, velocity
 from cosmos3_jax.request import ResolvedRequest
 from cosmos3_jax.weights import Network
 

@@ -22,9 +22,10 @@ import jax
 from cosmos3_jax import __version__, media, processes
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.checkpoint import BUILT_IN, Checkpoint
-from cosmos3_jax.config import PRESETS, WAN_VAE, InputError
+from cosmos3_jax.config import PRESETS, UNIPC, WAN_VAE, InputError, SchedulerConfig
 from cosmos3_jax.dry_run import dry_run
 from cosmos3_jax.estimate import TEXT_TOKENS, Job, virtual_devices
+from cosmos3_jax.networks import TEXT_TOWER
 from cosmos3_jax.pipeline import DTYPES, Cosmos3Pipeline, open_media, token_ids
 from cosmos3_jax.prompt import load_tokenizer
 from cosmos3_jax.request import Request, ResolvedRequest, resolve
@@ -64,8 +65,9 @@ def _say(*values: object, file: TextIO | None = None) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     """Checks everything, loads, generates, writes, and tells."""
     processes.join(arguments.coordinator, arguments.num_processes, arguments.process_id)
-    checkpoint = _checkpoint(arguments)
-    request = resolve(_request(arguments), checkpoint.transformer, checkpoint.vae)
+    path = BUILT_IN if arguments.checkpoint is None else arguments.checkpoint
+    checkpoint = Checkpoint.open(path, weights=False, sound=bool(arguments.enable_sound))
+    request = resolve(_request(arguments), checkpoint.transformer, checkpoint.vae, checkpoint.scheduler)
     default = "cosmos3.png" if request.metadata.is_image else "cosmos3.mp4"
     out = Path(default if arguments.out is None else arguments.out)
     if processes.is_first():
@@ -76,21 +78,23 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.checkpoint is None:
         _say("no --checkpoint: this is the built-in one. It is tiny and its weights are random, so expect coloured noise.")
     start = time.perf_counter()
-    pipe = Cosmos3Pipeline.from_pretrained(checkpoint.folder, mesh=mesh, dtype=arguments.dtype)
-    seconds = {"load": round(time.perf_counter() - start, 3)}
+    pipe = Cosmos3Pipeline.from_pretrained(path, mesh=mesh, dtype=arguments.dtype, text_tower=arguments.text_tower)
+    load = time.perf_counter() - start
     settings = {
-        "checkpoint": str(checkpoint.folder),
+        "checkpoint": str(pipe.checkpoint.folder),
         "dtype": pipe.dtype,
         "mesh": _mesh_in_words(arguments),
-        **_settings(request),
+        "text_tower": pipe.residence.text_tower,
+        **_settings(request, checkpoint.scheduler),
     }
-    for name, value in settings.items():
+    for name, value in (settings | {"text_tower": pipe.residence}).items():
         _say(f"{name:>20}  {value}")
 
     result = pipe.run(request)
     start = time.perf_counter()
     result.save(out)
-    seconds |= result.seconds | {"write": round(time.perf_counter() - start, 3)}
+    write = time.perf_counter() - start
+    seconds = {**result.seconds, "load": round(load + result.seconds["load"], 3), "write": round(write, 3)}
     for stage, value in seconds.items():
         _say(f"{stage:>20}  {value:.2f} s")
     _say(json.dumps({"out": str(out), "seconds": seconds, "version": __version__, **settings}))
@@ -100,11 +104,14 @@ def _dry_run(arguments: argparse.Namespace) -> None:
     """Tells what the request would need on this mesh, and on every mesh of one host."""
     if arguments.preset is not None and arguments.checkpoint is not None:
         raise InputError("--preset and --checkpoint: give one of them")
-    checkpoint = _checkpoint(arguments, weights=False) if arguments.preset is None else None
-    transformer, vae = (PRESETS[arguments.preset], WAN_VAE) if checkpoint is None else (checkpoint.transformer, checkpoint.vae)
+    checkpoint = None if arguments.preset else Checkpoint.open(arguments.checkpoint or BUILT_IN, weights=False)
+    if checkpoint is None:
+        transformer, vae, scheduler = PRESETS[arguments.preset], WAN_VAE, UNIPC
+    else:
+        transformer, vae, scheduler = checkpoint.transformer, checkpoint.vae, checkpoint.scheduler
     transformer.check_tensor_parallel(arguments.tp)
     virtual_devices(max(8, 2 * arguments.tp))
-    request = open_media(resolve(_request(arguments), transformer, vae), vae)
+    request = open_media(resolve(_request(arguments), transformer, vae, scheduler), vae)
     text_tokens = TEXT_TOKENS
     if checkpoint is not None and (checkpoint.folder / "text_tokenizer").is_dir():
         tokenizer = load_tokenizer(checkpoint.folder / "text_tokenizer")
@@ -113,10 +120,6 @@ def _dry_run(arguments: argparse.Namespace) -> None:
     tables, answer = dry_run(job, arguments.cfg, arguments.tp)
     print(tables)
     print(json.dumps(answer))
-
-
-def _checkpoint(arguments: argparse.Namespace, *, weights: bool = True) -> Checkpoint:
-    return Checkpoint.open(BUILT_IN if arguments.checkpoint is None else arguments.checkpoint, weights=weights)
 
 
 def _mesh_in_words(arguments: argparse.Namespace) -> str:
@@ -141,7 +144,7 @@ def _request(arguments: argparse.Namespace) -> Request:
     return Request(output_type="pil", **given)
 
 
-def _settings(request: ResolvedRequest) -> dict[str, object]:
+def _settings(request: ResolvedRequest, scheduler: SchedulerConfig) -> dict[str, object]:
     """The resolved request as JSON has it: images by their size, and only what applies."""
     settings: dict[str, object] = {}
     for field in dataclasses.fields(request):
@@ -152,7 +155,7 @@ def _settings(request: ResolvedRequest) -> dict[str, object]:
             value = f"{len(value)} frames of {value[0].width}x{value[0].height}"
         if value is not None and field.name not in ("output_type", "enable_sound"):
             settings[field.name] = value
-    if request.sigmas == "karras":  # where it has no effect
+    if request.sigmas == "karras" or scheduler.distilled_sigmas:  # where it has no effect
         del settings["flow_shift"]
     if request.video is None:
         del settings["condition_frame_indexes_vision"], settings["condition_video_keep"]
@@ -171,7 +174,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m cosmos3_jax.generate", description="Generate a video or an image with NVIDIA Cosmos3."
     )
     add = parser.add_argument
-    add("--checkpoint", metavar="DIR", help="published folder or Hugging Face id; a tiny built-in one if left out")
+    add(
+        "--checkpoint",
+        metavar="DIR|ID",
+        help="folder, or Hugging Face id (with @REVISION); a tiny built-in one if left out",
+    )
     add("--prompt", metavar="TEXT|@FILE", help="what to show: text or a JSON caption")
     add("--negative-prompt", metavar="TEXT|@FILE", help="what not to show")
     add("--image", metavar="FILE", help="first frame")
@@ -193,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cfg", type=int, default=1, help="2: the branches of guidance on two halves of the devices (1)")
     add("--tp", metavar="N", type=int, default=1, help="devices that share the heads (1)")
     add("--dtype", choices=DTYPES, help="of weights and activations (bfloat16 on GPUs, else float32)")
+    add("--text-tower", choices=TEXT_TOWER, default="auto", help="after a prompt: kept, parked on the host, or dropped (auto)")
     add("--coordinator", metavar="HOST:PORT", help="of process 0, where several processes meet (not needed under SLURM)")
     add("--num-processes", metavar="N", type=int, help="how many run this command")
     add("--process-id", metavar="I", type=int, help="which of them this is, from 0")

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -22,33 +22,23 @@ from tqdm import tqdm
 
 from cosmos3_jax import media, positions, sampler
 from cosmos3_jax.axes import make_mesh, picture_mesh, place
-from cosmos3_jax.checkpoint import Checkpoint, load
-from cosmos3_jax.config import InputError, TransformerConfig, VAEConfig
+from cosmos3_jax.checkpoint import Checkpoint
+from cosmos3_jax.config import InputError, VAEConfig
 from cosmos3_jax.models.layers import Rotary
-from cosmos3_jax.models.transformer import GenTower, Prefix, UndTower
-from cosmos3_jax.models.vae import VAE, uint8, unit
+from cosmos3_jax.models.transformer import Prefix
+from cosmos3_jax.models.vae import uint8, unit
+from cosmos3_jax.networks import Residence, abstract_networks
 from cosmos3_jax.processes import agree, is_first
 from cosmos3_jax.prompt import load_tokenizer, pad, system_prompt, texts, tokenize
 from cosmos3_jax.request import Request, ResolvedRequest, resolve
-from cosmos3_jax.weights import Network, by_path, split
+from cosmos3_jax.weights import Network
 
 DTYPES = ("float32", "bfloat16")
 # Else XLA drops some roundings to bf16, others on each mesh, and results differ between meshes by as much as from float32.
 AS_WRITTEN = {"xla_allow_excess_precision": False}
 
-
-class Networks(NamedTuple):
-    """The three networks of a checkpoint."""
-
-    und: Network
-    gen: Network
-    vae: Network
-
-
-def abstract_networks(transformer: TransformerConfig, vae: VAEConfig, mesh: Mesh, dtype: str) -> Networks:
-    """The networks with shapes for weights: nothing is allocated."""
-    modules = UndTower(transformer), GenTower(transformer), VAE(vae)
-    return Networks(*(split(module, mesh, jnp.dtype(dtype)) for module in modules))
+Stage = Callable[[str, str, Callable[[Network], Any]], Any]
+"""(what the time goes by, "und", "gen" or "vae", what to run on it) -> what that returns."""
 
 
 @jax.jit
@@ -103,19 +93,25 @@ class Result:
 class Cosmos3Pipeline:
     """A checkpoint on a mesh, ready to generate."""
 
-    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, mesh: Mesh, networks: Networks):
-        self.checkpoint, self.tokenizer, self.mesh, self.networks = checkpoint, tokenizer, mesh, networks
-
-    @property
-    def dtype(self) -> str:
-        """Of weights and activations; the timestep embedding and the sampler are float32 in any case."""
-        return by_path(self.networks.gen.weights)["w_in"].dtype.name
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, mesh: Mesh, dtype: str, residence: Residence):
+        self.checkpoint, self.tokenizer, self.mesh, self.residence = checkpoint, tokenizer, mesh, residence
+        self.dtype = dtype  # of weights and activations; the timestep embedding and the sampler are float32 in any case
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, mesh: Mesh | None = None, dtype: str | None = None) -> Self:
-        """Loads a folder in the published layout, or a Hugging Face repository id.
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        mesh: Mesh | None = None,
+        dtype: str | None = None,
+        text_tower: str = "auto",
+        progress: bool = True,
+    ) -> Self:
+        """Loads a folder in the published layout, one that `python -m convert` wrote, or a Hugging Face repository id.
 
         `dtype` of weights and activations is "bfloat16" or "float32"; by default the former on GPUs, the latter elsewhere.
+        `text_tower` is what becomes of the text tower after a prompt: "keep", "host" (waits in host memory) or "drop" (read
+        again for the next one); "auto" keeps it unless memory is short (networks.py). Only what is kept is loaded now.
         Raises InputError for a folder, a mesh or tensors that do not fit, before any weight is read.
         """
         checkpoint = Checkpoint.open(path)
@@ -129,7 +125,11 @@ class Cosmos3Pipeline:
         checkpoint.transformer.check_tensor_parallel(mesh.shape["tp"])
         tokenizer = load_tokenizer(checkpoint.folder / "text_tokenizer")
         networks = abstract_networks(checkpoint.transformer, checkpoint.vae, mesh, dtype)
-        return cls(checkpoint, tokenizer, mesh, Networks(*load(checkpoint, *networks)))
+        residence = Residence(checkpoint.audited(networks._asdict()), networks, mesh, text_tower)
+        if residence.text_tower == "keep":
+            for part in networks._fields:
+                residence.bring(part, progress=progress)
+        return cls(checkpoint, tokenizer, mesh, dtype, residence)
 
     def __call__(
         self,
@@ -155,7 +155,7 @@ class Cosmos3Pipeline:
         prompt_style: str = "native",
         output_type: str = "np",
         steps_per_call: int = 1,
-        callback_on_step_end: Callable[[int, int, jax.Array], Any] | None = None,
+        callback_on_step_end: Callable[[int, float, jax.Array], Any] | None = None,
         progress: bool = True,
     ) -> Result:
         """Generates; what each setting means stands at its field of `Request`.
@@ -169,37 +169,46 @@ class Cosmos3Pipeline:
 
     def run(self, request: Request, *, callback_on_step_end: Callable | None = None, progress: bool = True) -> Result:
         """Generates what `request` asks for; `__call__` with a value instead of words."""
-        request = resolve(request, self.checkpoint.transformer, self.checkpoint.vae)
+        request = resolve(request, self.checkpoint.transformer, self.checkpoint.vae, self.checkpoint.scheduler)
         request = open_media(request, self.checkpoint.vae)
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise InputError(f"callback_on_step_end: a function is expected, not {type(callback_on_step_end).__name__}")
-        steps = self._steps(request)
+        noise = self._noise(request)
+        steps = self._steps(request, noise[1:])
         seconds: dict[str, float] = {}
+        stage = functools.partial(self._stage, seconds, progress)
         precision = "highest" if self.dtype == "float32" else None  # else GPUs round float32 to TF32, 10 bits
         with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
             with _timed(seconds, "tokenize"):
                 ids_BS, length_B = token_ids(request, self.checkpoint, self.tokenizer, self.mesh.shape["cfg"])
             agree([request.num_frames, request.height, request.width, request.seed, steps, ids_BS.tolist()])
             text, vision = self._rotary(request, ids_BS, length_B)
-            with _timed(seconds, "encode"):
-                given = self._encode_given(request)
-            with _timed(seconds, "prefill"):
-                prefix = jax.block_until_ready(prefill(self.networks.und, ids_BS, length_B, text))
-            with _timed(seconds, "denoise"), _progress_bar(request, progress) as on_progress:
-                latents = sampler.denoise(
-                    velocity,
-                    (self.networks.gen, vision, prefix),
-                    place(self.mesh, self._noise(request)),
-                    given,
-                    steps,
-                    steps_per_call=request.steps_per_call,
-                    on_step=callback_on_step_end and _public_callback(callback_on_step_end, steps, self.mesh),
-                    on_progress=on_progress,
-                )
-            del prefix  # room for the decoder
-            with _timed(seconds, "decode"):
-                video = self._decode(latents, request.output_type)
+            given = self._encode_given(request, stage)
+            prefix = stage("prefill", "und", lambda und: prefill(und, ids_BS, length_B, text))
+            start = place(self.mesh, noise[0])
+            on_step = callback_on_step_end and _public_callback(callback_on_step_end, steps, self.mesh)
+
+            def denoise(gen: Network) -> jax.Array:
+                with _progress_bar(request, progress) as on_progress:
+                    inputs, per_call = (gen, vision, prefix), request.steps_per_call
+                    return sampler.denoise(
+                        velocity, inputs, start, given, steps, steps_per_call=per_call, on_step=on_step, on_progress=on_progress
+                    )
+
+            latents = stage("denoise", "gen", denoise)
+            prefix = None  # room for the decoder
+            video = self._decode(latents, request.output_type, stage)
         return Result(video, float(request.fps), seconds)
+
+    def _stage(self, seconds: dict[str, float], progress: bool, name: str, part: str, run: Callable[[Network], Any]) -> Any:
+        """What `run` makes of a network, which is on the devices for as long as that takes."""
+        with _timed(seconds, "load"):
+            network = self.residence.bring(part, progress=progress)
+        with _timed(seconds, name):
+            result = jax.block_until_ready(run(network))
+        del network
+        self.residence.release(part)
+        return result
 
     def _rotary(self, request: ResolvedRequest, ids_BS: np.ndarray, length_B: np.ndarray) -> tuple[Rotary, Rotary]:
         """The rotary angles of text and of vision tokens."""
@@ -210,7 +219,7 @@ class Cosmos3Pipeline:
     def _latent_shape(self, request: ResolvedRequest) -> tuple[int, int, int]:
         return self.checkpoint.vae.latent_shape(request.num_frames, request.height, request.width)
 
-    def _encode_given(self, request: ResolvedRequest) -> sampler.Given:
+    def _encode_given(self, request: ResolvedRequest, stage: Stage) -> sampler.Given:
         """The latents of the frames that came with the request; none are given without an image or a clip."""
         t, h, w = self._latent_shape(request)
         latents, is_given = np.zeros((t, h, w, self.checkpoint.vae.z_dim), np.float32), np.zeros(t, bool)
@@ -221,7 +230,7 @@ class Cosmos3Pipeline:
             frames = self._given_frames(request)
             is_given[list(request.condition_frame_indexes_vision)] = True
         if is_given.any():
-            encoded = np.asarray(encode(self.networks.vae, frames))
+            encoded = np.asarray(stage("encode", "vae", lambda vae: encode(vae, frames)))
             latents[: len(encoded)] = encoded
         return sampler.Given(*place(self.mesh, (latents, is_given)))
 
@@ -233,25 +242,31 @@ class Cosmos3Pipeline:
         return np.pad(frames, ((0, count - len(frames)), (0, 0), (0, 0), (0, 0)), mode="edge")
 
     def _noise(self, request: ResolvedRequest) -> np.ndarray:
-        """Float32 [t, h, w, c], the same on every mesh. Unlike diffusers: numpy's, as in NVIDIA's own framework."""
-        if request.latents is not None:
-            noise = np.asarray(request.latents, np.float32)
-        else:
-            shape = (1, self.checkpoint.vae.z_dim, *self._latent_shape(request))
-            noise = np.random.RandomState(request.seed).standard_normal(shape).astype(np.float32)
-        return np.moveaxis(noise[0], 0, -1)
+        """Float32 [n, t, h, w, c], the same on every mesh: what to start from, and what stochastic steps add one by one.
 
-    def _steps(self, request: ResolvedRequest) -> sampler.Steps:
+        Unlike diffusers: numpy's, as in NVIDIA's own framework.
+        """
+        draws = len(self.checkpoint.scheduler.distilled_sigmas) or 1
+        shape = (draws, self.checkpoint.vae.z_dim, *self._latent_shape(request))
+        noise = np.random.RandomState(request.seed).standard_normal(shape).astype(np.float32)
+        if request.latents is not None:
+            noise[:1] = request.latents
+        return np.moveaxis(noise, 1, -1)
+
+    def _steps(self, request: ResolvedRequest, fresh: np.ndarray) -> sampler.Steps:
         scheduler = self.checkpoint.scheduler
+        if scheduler.distilled_sigmas:
+            return sampler.distilled_steps(np.array(scheduler.distilled_sigmas), fresh, scheduler.num_train_timesteps)
         sigma = sampler.sigma_grid(request.sigmas, request.num_inference_steps, request.flow_shift, scheduler)
         guidance_scale = request.guidance_scale if request.guided else 1.0
         return sampler.unipc_steps(sigma, guidance_scale, scheduler.num_train_timesteps)
 
-    def _decode(self, latents_thwc: jax.Array, output_type: str) -> Any:
+    def _decode(self, latents_thwc: jax.Array, output_type: str, stage: Stage) -> Any:
         if output_type == "latent":
             return np.asarray(_public(latents_thwc))
+        finish = unit if output_type == "np" else uint8
         with jax.set_mesh(picture_mesh(self.mesh, *latents_thwc.shape[1:3])):
-            frames = np.asarray(decode(self.networks.vae, latents_thwc, unit if output_type == "np" else uint8))
+            frames = stage("decode", "vae", lambda vae: np.asarray(decode(vae, latents_thwc, finish)))
         return frames if output_type == "np" else media.images(frames)
 
 
@@ -294,7 +309,8 @@ def _public_callback(callback: Callable, steps: sampler.Steps, mesh: Mesh) -> sa
     """The user's callback as the sampler calls it."""
 
     def on_step(step: int, latents_thwc: jax.Array) -> Any:
-        answer = callback(step, int(steps.timestep[step]), _public(latents_thwc))
+        timestep = float(steps.timestep[step])
+        answer = callback(step, int(timestep) if timestep.is_integer() else timestep, _public(latents_thwc))
         if answer is None:
             return None
         if isinstance(answer, bool | np.bool_):
@@ -312,7 +328,7 @@ def _public_callback(callback: Callable, steps: sampler.Steps, mesh: Mesh) -> sa
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    seconds[stage] = round(time.perf_counter() - start, 3)
+    seconds[stage] = round(seconds.get(stage, 0) + time.perf_counter() - start, 3)
 
 
 @contextlib.contextmanager

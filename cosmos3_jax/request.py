@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cosmos3_jax.config import InputError, TransformerConfig, VAEConfig
+from cosmos3_jax.config import UNIPC, InputError, SchedulerConfig, TransformerConfig, VAEConfig
 from cosmos3_jax.prompt import STYLES, Metadata
 from cosmos3_jax.sampler import GRIDS
 
@@ -64,7 +64,9 @@ class ResolvedRequest(Request):
         return self.guidance_scale > 1
 
 
-def resolve(request: Request, transformer: TransformerConfig, vae: VAEConfig) -> ResolvedRequest:
+def resolve(
+    request: Request, transformer: TransformerConfig, vae: VAEConfig, scheduler: SchedulerConfig = UNIPC
+) -> ResolvedRequest:
     """The request with its defaults filled in. Raises InputError where a value cannot be used with this checkpoint."""
     if isinstance(request, ResolvedRequest):
         return request
@@ -78,10 +80,24 @@ def resolve(request: Request, transformer: TransformerConfig, vae: VAEConfig) ->
         _check_latents(request, vae)
     if request.sigmas == "karras" and request.flow_shift is not None:
         warnings.warn(f'flow_shift={request.flow_shift} has no effect with sigmas="karras"', stacklevel=2)
-    image = {"num_inference_steps": 50, "guidance_scale": 4.0, "flow_shift": 3.0}
+    defaults = {"num_inference_steps": 50, "guidance_scale": 4.0, "flow_shift": 3.0} if request.num_frames == 1 else {}
+    if scheduler.distilled_sigmas:
+        defaults = _check_distilled(request, scheduler)
     asked = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
     asked = {name: value for name, value in asked.items() if value is not None}
-    return ResolvedRequest(**(image if request.num_frames == 1 else {}) | asked)
+    return ResolvedRequest(**defaults | asked)
+
+
+def _check_distilled(request: Request, scheduler: SchedulerConfig) -> dict[str, Any]:
+    """What a distilled checkpoint fixes. Raises InputError if anything else was asked for."""
+    fixed = {"num_inference_steps": len(scheduler.distilled_sigmas), "guidance_scale": 1.0}
+    for name, value in fixed.items():
+        if getattr(request, name) not in (None, value):
+            raise InputError(f"{name}={getattr(request, name)}: this checkpoint is distilled for {value}; leave it out")
+    if request.sigmas != "native" or request.flow_shift is not None:
+        what = f"sigmas={request.sigmas!r}" if request.sigmas != "native" else f"flow_shift={request.flow_shift}"
+        raise InputError(f"{what}: this checkpoint is distilled for noise levels of its own; leave it out")
+    return fixed
 
 
 def _is_whole(value: Any, least: int = 0) -> bool:

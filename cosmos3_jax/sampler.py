@@ -1,4 +1,4 @@
-"""From noise to latents: sigma grids, UniPC as tables, guidance, and the loop over a velocity function.
+"""From noise to latents: sigma grids, UniPC and the distilled steps as tables, guidance, and the loop over a velocity function.
 
 UniPC (order 2, "bh2", on the prediction of the clean latents; Zhao et al. 2023, arXiv:2302.04867) is linear in the latents and
 in past predictions, with scalars known in advance. They are computed once in float64 on the host; a step on the device is three
@@ -47,11 +47,12 @@ def sigma_grid(kind: str, count: int, flow_shift: float, config: SchedulerConfig
 class Steps:
     """One row for each denoising step: what the network is told, guidance, and UniPC's coefficients. float32."""
 
-    timestep: Table  # [n] sigma x 1000, cut off to a whole number
+    timestep: Table  # [n] sigma x 1000, in UniPC cut off to a whole number
     sigma: Table  # [n] noise level of the step's sample
     guidance_scale: Table  # [n]
     corrector: Table  # [n, 5] of (sample, last corrected sample, prediction, the one before, the one before that)
     predictor: Table  # [n, 3] of (corrected sample, prediction, the one before)
+    fresh_thwc: Table = None  # [n, t, h, w, c] noise to add to the next sample, in a distilled checkpoint's stochastic steps
 
     def __len__(self) -> int:
         return len(self.timestep)
@@ -77,6 +78,25 @@ def unipc_steps(sigma: np.ndarray, guidance_scale: float = 1.0, num_train_timest
             corrector[i, 1:] = _correct(sigma[i - 1 : i + 1], alpha[i], log_snr[max(i - 2, 0) : i + 1], order[i - 1])
     columns = sigma[:-1], np.full(count, guidance_scale), corrector, predictor
     return Steps(timestep, *(column.astype(np.float32) for column in columns))
+
+
+def distilled_steps(sigma: np.ndarray, noise: np.ndarray, num_train_timesteps: int = 1000) -> Steps:
+    """Stochastic steps over these noise levels: each goes to the prediction, and back up to the next level with fresh noise.
+
+    `noise` [n - 1, t, h, w, c] is drawn anew for each step but the last, which returns the prediction itself. There is no
+    guidance: it is in the weights. Source: diffusers 0.42.1, scheduling_flow_match_euler_discrete.py, `stochastic_sampling`.
+    """
+    sigma = np.append(sigma, 0).astype(np.float32)
+    count = len(sigma) - 1
+    corrector, predictor = np.zeros((count, 5), np.float32), np.zeros((count, 3), np.float32)
+    corrector[:, 0] = 1
+    predictor[:, 1] = 1 - sigma[1:]
+    fresh = sigma[1:-1, None, None, None, None] * noise
+    fresh = np.concatenate([fresh, np.zeros((1, *noise.shape[1:]), np.float32)])
+    # Unlike UniPC's, these timesteps are not cut off to whole numbers.
+    return Steps(
+        sigma[:-1] * np.float32(num_train_timesteps), sigma[:-1], np.ones(count, np.float32), corrector, predictor, fresh
+    )
 
 
 def _predict(sigma: np.ndarray, alpha: float, log_snr: np.ndarray, order: int) -> tuple[float, float, float]:
@@ -142,6 +162,8 @@ def advance(state: State, step: Steps, velocity_thwc: jax.Array, given: Given) -
     corrected = a[0] * state.sample + a[1] * state.corrected
     corrected += a[2] * prediction + a[3] * state.prediction + a[4] * state.prediction_before
     sample = p[0] * corrected + p[1] * prediction + p[2] * state.prediction
+    if step.fresh_thwc is not None:
+        sample += step.fresh_thwc
     return State(given.write(sample), corrected, prediction, state.prediction)
 
 

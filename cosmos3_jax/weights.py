@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
 from jax.sharding import Mesh
 
@@ -78,6 +79,17 @@ def _dotted(path: tuple) -> str:
     return ".".join(map(str, path))
 
 
+def nbytes(network: Network) -> int:
+    """The bytes of all weights, each counted once, on however many devices it is."""
+    return sum(math.prod(w.shape) * w.dtype.itemsize for w in by_path(network.weights).values())
+
+
+def nbytes_on_device(network: Network) -> int:
+    """The bytes of all weights on one device."""
+    arrays = [w.get_value() for w in by_path(network.weights).values()]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+
+
 def stack(length: int, module: nnx.Module) -> nnx.Module:
     """`length` copies of `module` in one: every weight gets a leading L. For `lax.scan`; calling it makes no sense."""
     graph, tree = nnx.split(module)
@@ -116,6 +128,36 @@ def random_weights(tree: nnx.State, seed: int = 0) -> nnx.State:
     # "rbg": XLA's own generator compiles in a tenth of the time of JAX's default
     values = jax.jit(draw, out_shardings=placement)(jax.random.key(seed, impl="rbg"))
     return map_weights(lambda path, _: values[path], tree)
+
+
+Index = tuple[slice, ...]
+
+
+def place_weight(w: Weight, fill: Callable[[np.ndarray, Index], None]) -> jax.Array:
+    """An array for an abstract weight: `fill(buffer, index)` writes that part of it, for one after the other.
+
+    Devices that hold the same part are given the same buffer, and only one is there at a time (CPUs keep it as theirs).
+    """
+    sharding = w.get_value().sharding
+    index_of = sharding.addressable_devices_indices_map(w.shape)
+    parts: dict[Any, list[jax.Device]] = {}
+    for device, index in index_of.items():
+        parts.setdefault(tuple((s.start, s.stop) for s in index), []).append(device)
+    placed: dict[jax.Device, jax.Array] = {}
+    for devices in parts.values():
+        buffer = _buffer(sharding.shard_shape(w.shape), w.dtype)
+        fill(buffer, index_of[devices[0]])
+        placed |= {device: jax.device_put(buffer, device) for device in devices}
+        jax.block_until_ready(list(placed.values()))
+    return jax.make_array_from_single_device_arrays(w.shape, sharding, [placed[device] for device in index_of])
+
+
+def _buffer(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Host memory, not yet written, at an address that XLA's CPU devices take over as it is instead of copying."""
+    nbytes, alignment = math.prod(shape) * np.dtype(dtype).itemsize, 64
+    memory = np.empty(nbytes + alignment, np.uint8)
+    start = -memory.ctypes.data % alignment
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def audit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], unused: Collection[str]) -> list[str]:

@@ -68,6 +68,15 @@ CASES = {
     "one_step": BASE | {"prompt": "ocean", "num_inference_steps": 1, "negative_prompt": "rain"},
     "many_steps": BASE | {"num_inference_steps": 12, "sigmas": "native", "flow_shift": 5.0},
 }
+# A four-step checkpoint has its own noise levels and no guidance; this one counts its frames in sixteenths, as I2V-4Step does.
+DISTILLED = dataclasses.replace(FAMILIES["wide"], base_fps=16.0)
+DISTILLED_BASE = {name: BASE[name] for name in ("prompt", "num_frames", "height", "width", "seed", "prompt_style")}
+DISTILLED_CASES = {
+    "text_to_video": DISTILLED_BASE,
+    "text_to_image": DISTILLED_BASE | {"num_frames": 1},
+    "image_to_video": DISTILLED_BASE | {"image": IMAGE},
+    "video_to_video": DISTILLED_BASE | {"video": CLIP, "fps": 16.0},
+}
 BF16_CASES = ("text_to_video", "text_to_image", "image_to_video", "video_to_video", "no_guidance")
 
 TEXT, GRID = 7, (2, 2, 3)  # one transformer layer: text tokens; frames, rows and columns of vision tokens

@@ -26,13 +26,14 @@ def data() -> Path:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """`folders(family)`: a checkpoint folder of a small family, float32, written on first use."""
+    """`folders(family)`: a checkpoint folder of a small family, or "distilled", float32, written on first use."""
     made = {}
 
     def folder(family: str) -> Path:
         if family not in made:
             path = tmp_path_factory.mktemp(family)
-            made[family] = write_checkpoint(path, cases.FAMILIES[family], cases.VAE)
+            config = cases.DISTILLED if family == "distilled" else cases.FAMILIES[family]
+            made[family] = write_checkpoint(path, config, cases.VAE, distilled=family == "distilled")
         return made[family]
 
     return folder

@@ -62,11 +62,17 @@ def keys() -> list[str]:
 
 @functools.cache
 def _load(folder: Path, dtype: str = "float32"):
-    return reference.load(folder, dtype)
+    return (reference.load_distilled if _is_distilled(folder) else reference.load)(folder, dtype)
+
+
+def _is_distilled(folder: Path) -> bool:
+    return (folder / "modular_model_index.json").is_file()
 
 
 @functools.cache
 def _run(folder: Path, dtype: str, case: str) -> dict[str, np.ndarray]:
+    if _is_distilled(folder):
+        return reference.run_distilled(_load(folder, dtype), cases.DISTILLED_CASES[case])
     return reference.run(_load(folder, dtype), cases.CASES[case])
 
 
@@ -81,6 +87,9 @@ def main() -> None:
             write_checkpoint(folder(family), config, cases.VAE)
         live = Live(folder)
         files = {family: {key: live(family)[key] for key in keys()} for family in cases.FAMILIES}
+        write_checkpoint(folder("distilled"), cases.DISTILLED, cases.VAE, distilled=True)
+        distilled = [f"{case}.{output}" for case in cases.DISTILLED_CASES for output in ("latents", "video")]
+        files |= {"distilled": {key: live("distilled")[key] for key in distilled}}
         files |= {name: live(name) for name in ("vae", "media")}
     for name, arrays in files.items():
         np.savez_compressed(GOLDENS / f"{name}.npz", versions=np.array(json.dumps(reference.VERSIONS)), **arrays)

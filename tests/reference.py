@@ -16,8 +16,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import diffusers
     import torch
-    from diffusers import Cosmos3OmniPipeline, UniPCMultistepScheduler
+    from diffusers import Cosmos3DistilledModularPipeline, Cosmos3OmniPipeline, UniPCMultistepScheduler
+    from diffusers.modular_pipelines.cosmos import before_denoise
     from diffusers.pipelines.cosmos import pipeline_cosmos3_omni as omni
+    from diffusers.schedulers import scheduling_flow_match_euler_discrete as flow_match
 
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
@@ -56,6 +58,36 @@ def run(pipe: Cosmos3OmniPipeline, case: dict[str, Any]) -> dict[str, np.ndarray
         warnings.simplefilter("ignore")
         result = pipe(**case, output_type="np", callback_on_step_end=keep, enable_safety_check=False)
     return {"latents": latents["last"].float().numpy(), "video": np.asarray(result.video, np.float32)}
+
+
+def load_distilled(folder: Path, dtype: str = "float32") -> Cosmos3DistilledModularPipeline:
+    """The reference's pipeline for a distilled checkpoint."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = Cosmos3DistilledModularPipeline.from_pretrained(str(folder), local_files_only=True)
+        pipe.load_components(torch_dtype=getattr(torch, dtype), local_files_only=True)
+    pipe.disable_safety_checker()
+    pipe._blocks.sub_blocks["denoise"].sub_blocks["denoise"].set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run_distilled(pipe: Cosmos3DistilledModularPipeline, case: dict[str, Any]) -> dict[str, np.ndarray]:
+    """As `run`; each draw of noise, the first and one after every step, is the next of one stream."""
+    case = {key: value for key, value in case.items() if key != "prompt_style"}
+    random = np.random.RandomState(case.pop("seed"))
+
+    def noise(shape, **_):
+        return torch.from_numpy(random.standard_normal(tuple(shape)).astype(np.float32))
+
+    with (
+        torch.inference_mode(),
+        mock.patch.object(before_denoise, "randn_tensor", noise),
+        mock.patch.object(flow_match, "randn_tensor", noise),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        result = pipe(**case, output_type="np", output=["latents", "videos"])
+    return {"latents": result["latents"].float().numpy(), "video": np.asarray(result["videos"], np.float32)}
 
 
 def layer(pipe: Cosmos3OmniPipeline) -> dict[str, np.ndarray]:

@@ -51,7 +51,7 @@ def test_a_config_survives_json(config):
         ("transformer", "patch_latent_dim", 64),
         ("vae", "is_residual", False),
         ("vae", "attn_scales", [0.5]),
-        ("scheduler", "_class_name", "FlowMatchEulerDiscreteScheduler"),
+        ("scheduler", "_class_name", "DDIMScheduler"),
         ("scheduler", "prediction_type", "epsilon"),
         ("scheduler", "predict_x0", False),
         ("scheduler", "solver_order", 3),
@@ -69,6 +69,53 @@ def test_what_is_not_implemented_is_refused_by_name(kind, key, value):
     reader = {"transformer": TransformerConfig, "vae": VAEConfig, "scheduler": SchedulerConfig}[kind]
     with pytest.raises(InputError, match=rf"^{kind}/\w*config.json: " + re.escape(f"{key}={value!r} ")):
         reader.from_json(PUBLISHED[f"nano_{kind}"] | {key: value})
+
+
+DISTILLED = {"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True, "shift": 1.0}
+SIGMAS = [1.0, 0.9375, 0.8333333333333334, 0.625]
+
+
+def with_sigmas(*sigmas):
+    return DISTILLED | {"fixed_step_sampler_config": {"sample_type": "sde", "t_list": list(sigmas)}}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "modular"),
+    [
+        (with_sigmas(*SIGMAS), {}),
+        (with_sigmas(*SIGMAS), {"distilled_sigmas": SIGMAS}),
+        (DISTILLED, {"distilled_sigmas": SIGMAS}),
+    ],
+)
+def test_a_distilled_checkpoint_names_its_sigmas_in_either_file(scheduler, modular):
+    assert SchedulerConfig.from_json(scheduler, modular) == SchedulerConfig(distilled_sigmas=tuple(SIGMAS))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "modular", "sentence"),
+    [
+        (DISTILLED, {}, "one list of sigmas is expected"),
+        (with_sigmas(*SIGMAS), {"distilled_sigmas": [1.0, 0.5]}, "one list of sigmas is expected"),
+        (with_sigmas(), {}, "should fall from 1"),
+        (with_sigmas(0.5, 1.0), {}, "should fall from 1"),
+        (with_sigmas(1.0, 0.0), {}, "should fall from 1"),
+        (with_sigmas(1.5, 0.5), {}, "should fall from 1"),
+        (with_sigmas(1.0, float("nan")), {}, "should fall from 1"),
+        (with_sigmas("1.0", None), {}, "should fall from 1"),
+        (DISTILLED | {"fixed_step_sampler_config": 4}, {}, "should fall from 1"),
+        (with_sigmas(*SIGMAS) | {"shift": 3.0}, {}, "shift=3.0 is not supported"),
+        (with_sigmas(*SIGMAS) | {"stochastic_sampling": False}, {}, "stochastic_sampling=False is not supported"),
+        (with_sigmas(*SIGMAS) | {"use_karras_sigmas": True}, {}, "use_karras_sigmas=True is not supported"),
+    ],
+)
+def test_other_samplers_of_that_name_are_refused(scheduler, modular, sentence):
+    with pytest.raises(InputError, match=rf"^scheduler/scheduler_config.json: .*{sentence}"):
+        SchedulerConfig.from_json(scheduler, modular)
+
+
+def test_quantized_weights_are_refused():
+    with pytest.raises(InputError, match="quantized weights are not supported; take the revision in bfloat16"):
+        TransformerConfig.from_json(PUBLISHED["nano_transformer"] | {"quantization_config": {"quant_method": "fp8"}})
 
 
 def test_a_vae_that_does_not_say_what_it_is_is_the_older_one():

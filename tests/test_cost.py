@@ -14,7 +14,8 @@ from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.cost import Collective, collectives, flops
 from cosmos3_jax.models.layers import QUERY_CHUNK, Rotary
 from cosmos3_jax.models.transformer import Prefix
-from cosmos3_jax.pipeline import abstract_networks, velocity
+from cosmos3_jax.networks import abstract_networks
+from cosmos3_jax.pipeline import velocity
 
 MESH = make_mesh(tp=8)
 WHOLE = P()

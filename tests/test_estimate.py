@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import pytest
 
 from cosmos3_jax.axes import make_mesh
-from cosmos3_jax.checkpoint import unused_tensors
 from cosmos3_jax.config import NANO, PRESETS, TINY, WAN_VAE, InputError, TransformerConfig, VAEConfig
 from cosmos3_jax.cost import Collective
 from cosmos3_jax.estimate import STAND_IN, Estimate, Job, Stage, estimate, virtual_devices
 from cosmos3_jax.gpus import GPU, GPUS
-from cosmos3_jax.pipeline import abstract_networks
+from cosmos3_jax.networks import abstract_networks
+from cosmos3_jax.published import unused_tensors
 from cosmos3_jax.request import Request, resolve
 
 TENSORS = Path(__file__).parent / "data" / "tensors"

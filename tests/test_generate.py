@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 from convert.random_checkpoint import write_checkpoint
 from cosmos3_jax import Cosmos3Pipeline, InputError, generate, make_mesh, media
-from cosmos3_jax.checkpoint import BUILT_IN, TensorFolder
+from cosmos3_jax.checkpoint import BUILT_IN
+from cosmos3_jax.safetensors_files import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # imageio leaves its pipes to the collector
 SMALL = ["--num-frames", "5", "--height", "32", "--width", "32", "--steps", "2"]
@@ -90,7 +91,8 @@ def test_what_is_printed(video):
     seconds = told.pop("seconds")
     assert seconds.keys() == STAGES
     assert lines >= {f"{stage}  {value:.2f} s" for stage, value in seconds.items()}
-    assert lines >= {f"{name}  {value}" for name, value in told.items() if name != "version"}
+    assert "text_tower  keep (all weights take 0.00817 GB of each device)" in lines
+    assert lines >= {f"{name}  {value}" for name, value in told.items() if name not in ("version", "text_tower")}
     assert "denoise: 100%" in done.err
 
 
@@ -158,13 +160,14 @@ def test_what_is_given_is_told_by_its_size(flags, name, value):
 def test_where_and_how_it_runs(monkeypatch):
     """The mesh and the dtype reach the pipeline, which is asked for nothing more here."""
 
-    def stop(path, *, mesh, dtype):
-        raise InputError(f"{path.name} {dict(mesh.shape)} {dtype}")
+    def stop(path, *, mesh, dtype, text_tower):
+        raise InputError(f"{path.name} {dict(mesh.shape)} {dtype} {text_tower}")
 
     monkeypatch.setattr(generate, "make_mesh", lambda cfg, tp: make_mesh(cfg, tp, jax.devices() * 8))
     monkeypatch.setattr(Cosmos3Pipeline, "from_pretrained", stop)
-    assert run("--cfg", 2, "--tp", 4, "--dtype", "bfloat16").err == "error: tiny {'cfg': 2, 'tp': 4} bfloat16\n"
-    assert run().err == "error: tiny {'cfg': 1, 'tp': 1} None\n"
+    told = run("--cfg", 2, "--tp", 4, "--dtype", "bfloat16", "--text-tower", "drop").err
+    assert told == "error: tiny {'cfg': 2, 'tp': 4} bfloat16 drop\n"
+    assert run().err == "error: tiny {'cfg': 1, 'tp': 1} None auto\n"
 
 
 @pytest.mark.usefixtures("place")
@@ -235,7 +238,7 @@ def without_a_tensor(folder: Path) -> list[str]:
 )
 def test_what_does_not_fit_is_refused_before_reading(place, monkeypatch, flags, message):
     monkeypatch.setattr(generate, "make_mesh", lambda cfg, tp: make_mesh(cfg, tp, jax.devices() * 4))  # as if there were four
-    monkeypatch.setattr(TensorFolder, "read", lambda self, name: pytest.fail(f"{name} was read"))
+    monkeypatch.setattr(Tensor, "view", lambda self: pytest.fail("a tensor was read"))
     done = run("--out", "out/a.mp4", *flags(place / "checkpoint"))
     assert done.code == 2
     assert re.fullmatch(f"error: {message}\n", done.err)

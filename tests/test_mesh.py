@@ -16,7 +16,8 @@ from cosmos3_jax.config import TINY_VAE
 from cosmos3_jax.cost import collectives
 from cosmos3_jax.estimate import Job, towers
 from cosmos3_jax.models.vae import unit
-from cosmos3_jax.pipeline import abstract_networks, decode, encode
+from cosmos3_jax.networks import abstract_networks
+from cosmos3_jax.pipeline import decode, encode
 from cosmos3_jax.request import Request, resolve
 from cosmos3_jax.weights import Network, random_weights
 

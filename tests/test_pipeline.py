@@ -20,7 +20,12 @@ SMALL = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 3, "
 @pytest.fixture(scope="module")
 def ours(pipes):
     """`ours(family, dtype, case)`: what a case gives (metrics.outputs), run once."""
-    return functools.cache(lambda family, dtype, case: outputs(pipes(family, dtype), cases.CASES[case]))
+
+    @functools.cache
+    def run(family: str, dtype: str, case: str) -> dict[str, np.ndarray]:
+        return outputs(pipes(family, dtype), (cases.DISTILLED_CASES if family == "distilled" else cases.CASES)[case])
+
+    return run
 
 
 @pytest.mark.parametrize("case", cases.CASES)
@@ -30,6 +35,12 @@ def test_equals_reference(family, case, ours, goldens):
     expected = goldens(family)
     for output in ("latents", "video"):
         assert errors(ours(family, "float32", case)[output], expected[f"{case}.{output}"])[1] < 5e-5
+
+
+@pytest.mark.parametrize("case", cases.DISTILLED_CASES)
+def test_distilled_equals_reference(case, ours, goldens):
+    for output in ("latents", "video"):
+        assert errors(ours("distilled", "float32", case)[output], goldens("distilled")[f"{case}.{output}"])[1] < 5e-5
 
 
 @pytest.mark.parametrize("case", cases.BF16_CASES)
@@ -109,7 +120,7 @@ def test_given_frames_are_kept(pipes):
     pipes("small")("text", image=cases.IMAGE, callback_on_step_end=keep, **SMALL)
     assert len(steps) == 3
     frame = media.fit_image(cases.IMAGE, 32, 32)[None]
-    encoded = np.moveaxis(np.asarray(encode(pipes("small").networks.vae, frame)), -1, 0)
+    encoded = np.moveaxis(np.asarray(encode(pipes("small").residence.bring("vae"), frame)), -1, 0)
     for latents in steps:
         np.testing.assert_array_equal(latents[0, :, :1], encoded)
     assert np.abs(steps[0][:, :, 1] - steps[2][:, :, 1]).max() > 1e-2
@@ -142,7 +153,7 @@ def test_short_clip_is_held(pipes):
 
 
 def test_seconds_by_stage(pipes):
-    assert list(pipes("small")("text", **SMALL).seconds) == ["tokenize", "encode", "prefill", "denoise", "decode"]
+    assert list(pipes("small")("text", **SMALL).seconds) == ["tokenize", "load", "prefill", "denoise", "decode"]
 
 
 def test_latents_are_no_file(pipes, tmp_path):

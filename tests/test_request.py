@@ -1,5 +1,6 @@
 """Defaults by mode, and a sentence for every value that cannot be used."""
 
+import ast
 import dataclasses
 import math
 import re
@@ -7,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from cosmos3_jax.config import EDGE, NANO, WAN_VAE, InputError
+from cosmos3_jax.config import EDGE, NANO, WAN_VAE, InputError, SchedulerConfig
 from cosmos3_jax.request import Request, ResolvedRequest, resolve
 
 
@@ -154,6 +155,24 @@ def test_karras_says_that_flow_shift_has_no_effect():
     with pytest.warns(UserWarning, match=r'^flow_shift=5.0 has no effect with sigmas="karras"$'):
         ask(sigmas="karras", flow_shift=5.0)
     ask(sigmas="karras")  # nothing to say: a warning would be an error here
+
+
+DISTILLED = SchedulerConfig(distilled_sigmas=(1.0, 0.9375, 0.8333333333333334, 0.625))
+
+
+@pytest.mark.parametrize("num_frames", [1, 189])
+@pytest.mark.parametrize("settings", [{}, {"num_inference_steps": 4, "guidance_scale": 1}], ids=["left out", "as it is"])
+def test_a_distilled_checkpoint_fixes_steps_and_guidance(num_frames, settings):
+    request = resolve(Request("a ball", num_frames=num_frames, **settings), NANO, WAN_VAE, DISTILLED)
+    assert (request.num_inference_steps, request.guidance_scale, request.guided) == (4, 1, False)
+
+
+@pytest.mark.parametrize("setting", ["num_inference_steps=35", "guidance_scale=6.0", "flow_shift=3.0", "sigmas='linear'"])
+def test_a_distilled_checkpoint_takes_nothing_else(setting):
+    name, value = setting.split("=")
+    request = Request("a ball", **{name: ast.literal_eval(value)})
+    with pytest.raises(InputError, match=rf"^{re.escape(setting)}: this checkpoint is distilled for .*; leave it out$"):
+        resolve(request, NANO, WAN_VAE, DISTILLED)
 
 
 @pytest.mark.parametrize("name", ["prompt", "negative_prompt"])

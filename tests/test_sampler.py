@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from cosmos3_jax.config import SchedulerConfig
-from cosmos3_jax.sampler import GRIDS, Given, State, Steps, advance, denoise, guide, sigma_grid, unipc_steps
+from cosmos3_jax.sampler import (
+    GRIDS,
+    Given,
+    State,
+    Steps,
+    advance,
+    denoise,
+    distilled_steps,
+    guide,
+    sigma_grid,
+    unipc_steps,
+)
 
 DATA = Path(__file__).parent / "data"
 TABLES = json.loads((DATA / "scheduler_tables.json").read_text())
@@ -126,6 +137,40 @@ def test_guidance_goes_from_the_unconditional_branch_through_the_conditional():
     np.testing.assert_allclose(guide(both, 1.0), NOISE, atol=5e-7)  # u + (c - u) rounds
     np.testing.assert_allclose(guide(both, 6.0), 6 * NOISE - 5 * CLEAN, atol=5e-6)  # the same rounding, times 6
     np.testing.assert_array_equal(guide(np.stack([NOISE, NOISE]), 6.0), NOISE)
+
+
+DISTILLED = np.array([1.0, 0.9375, 0.8333333333333334, 0.625])
+FRESH = np.random.RandomState(1).standard_normal((3, *NOISE.shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 3, 4])
+def test_a_distilled_step_goes_to_the_prediction_and_back_up_with_fresh_noise(steps_per_call):
+    x, timesteps = NOISE, []
+    for sigma, below, fresh in zip(DISTILLED, [*DISTILLED[1:], 0], [*FRESH, np.nan], strict=True):
+        prediction = x - sigma * curved(0.5, x, 1000 * sigma, None)[0]
+        x = (1 - below) * prediction + below * fresh if below else prediction
+
+    def told(inputs, x_thwc, timestep, is_given_t):
+        jax.debug.callback(timesteps.append, timestep, ordered=True)
+        return curved(inputs, x_thwc, timestep, is_given_t)[:1]
+
+    found = denoise(told, 0.5, NOISE, NOTHING_GIVEN, distilled_steps(DISTILLED, FRESH), steps_per_call=steps_per_call)
+    np.testing.assert_allclose(found, x, atol=2e-6)  # float32 rounding
+    jax.effects_barrier()
+    np.testing.assert_allclose(timesteps, [1000, 937.5, 833.33333, 625], rtol=2**-23)  # not whole, as UniPC's
+
+
+def test_given_frames_stay_as_they_are_in_distilled_steps():
+    is_given = np.array([True, False, False])
+    given, path = Given(CLEAN, is_given), []
+
+    def velocity(inputs, x_thwc, timestep, is_given_t):
+        return jnp.where(is_given_t[:, None, None, None], jnp.nan, jnp.tanh(x_thwc))[None]
+
+    denoise(velocity, None, NOISE, given, distilled_steps(DISTILLED, FRESH), on_step=lambda _, x: path.append(np.asarray(x)))
+    for x_thwc in path:
+        np.testing.assert_array_equal(x_thwc[is_given], CLEAN[is_given])
+        assert np.isfinite(x_thwc).all()
 
 
 def test_one_branch_needs_no_guidance():

@@ -23,7 +23,8 @@ class Towers:
     """Both towers of a family, and one request through them."""
 
     def __init__(self, pipe: Cosmos3Pipeline):
-        self.config, self.und, self.gen = pipe.checkpoint.transformer, pipe.networks.und, pipe.networks.gen
+        self.config = pipe.checkpoint.transformer
+        self.und, self.gen = pipe.residence.bring("und"), pipe.residence.bring("gen")
 
     def prefix(self, ids_BS: np.ndarray, length_B: list[int], und: Network | None = None) -> Prefix:
         text, _ = positions.layout(self.config, np.array(length_B), ids_BS.shape[1], SHAPE, 24.0)
@@ -56,7 +57,7 @@ def test_layer_equals_reference(family, pipes, goldens):
     und, gen = (x[None] for x in cases.layer_inputs(pipe.checkpoint.transformer.hidden_size))
     cos, sin = expected["layer.cos"][None], expected["layer.sin"][None]
     text, vision = (Rotary(cos[:, part], sin[:, part]) for part in (slice(cases.TEXT), slice(cases.TEXT, None)))
-    und_layer, gen_layer = (layer_of(network, 1) for network in (pipe.networks.und, pipe.networks.gen))
+    und_layer, gen_layer = (layer_of(network, 1) for network in map(pipe.residence.bring, ("und", "gen")))
     und, (k, v) = und_layer(und, text)
     gen = gen_layer(gen, vision, Prefix(k, v, np.array([cases.TEXT], np.int32)))
     for ours, theirs in ((und, expected["layer.und"]), (gen, expected["layer.gen"])):

@@ -18,7 +18,7 @@ from cosmos3_jax.weights import Network, Weight, by_path, map_weights
 @pytest.fixture
 def vae(pipes):
     """A small VAE."""
-    return pipes("small").networks.vae
+    return pipes("small").residence.bring("vae")
 
 
 @pytest.mark.parametrize("name", cases.BLOCKS)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from cosmos3_jax.axes import make_mesh
-from cosmos3_jax.checkpoint import GEN_NAMES, UND_NAMES, file_names, file_shapes, unused_tensors, vae_file_names
 from cosmos3_jax.config import NANO, PRESETS, TINY_VAE, WAN_VAE
-from cosmos3_jax.pipeline import abstract_networks
+from cosmos3_jax.networks import abstract_networks
+from cosmos3_jax.published import file_shapes, names_of, unused_tensors
 from cosmos3_jax.weights import audit, by_path
 
 FOLDER = Path(__file__).parent / "data" / "tensors"
@@ -24,10 +24,7 @@ def model(request):
     """(config, published shapes, [(network, the names of its weights in the file) of each tower])."""
     config = PRESETS[request.param]
     und, gen, _ = abstract_networks(config, TINY_VAE, make_mesh(), "bfloat16")
-    towers = [
-        (network, file_names(names, network, config.num_hidden_layers))
-        for network, names in ((und, UND_NAMES), (gen, GEN_NAMES))
-    ]
+    towers = [(network, names_of(part, network, config)) for part, network in (("und", und), ("gen", gen))]
     return config, published(f"transformer_{request.param}"), towers
 
 
@@ -35,7 +32,7 @@ def model(request):
 def vae():
     """(network, the names of its weights in the file)."""
     network = abstract_networks(NANO, WAN_VAE, make_mesh(), "bfloat16").vae
-    return network, vae_file_names(network)
+    return network, names_of("vae", network, NANO)
 
 
 def test_every_tensor_of_the_transformer_is_read_or_has_a_reason(model):

@@ -1,0 +1,70 @@
+"""Named arrays in a folder, through Orbax (its API v1). The only file that imports it.
+
+Arrays are stored whole and uncompressed, whatever they will be divided over, so that any mesh reads them.
+"""
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from cosmos3_jax.config import InputError
+
+CHUNK = 1 << 25  # bytes of an array that are read and written as one
+BATCH = 1 << 30  # bytes of small arrays that go together
+
+
+def write(folder: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Writes arrays as they come, a large one or a gigabyte of small ones at a time. The folder is there once all are."""
+    batch: dict[str, np.ndarray] = {}
+    with _context():
+        for name, array in arrays:
+            batch[name] = array
+            if sum(each.nbytes for each in batch.values()) >= BATCH:
+                ocp.partial.save(folder.absolute(), batch)
+                batch = {}
+        if batch:
+            ocp.partial.save(folder.absolute(), batch)
+        ocp.partial.finalize(folder.absolute())
+
+
+def contents(folder: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of every array. Raises InputError for a folder that cannot be read."""
+    with _readable(folder), _context():
+        arrays: Any = ocp.metadata(folder.absolute()).metadata
+        return {name: (tuple(array.shape), np.dtype(array.dtype)) for name, array in arrays.items()}
+
+
+def read(folder: Path, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Arrays as they were stored, a large one or a gigabyte of small ones at a time. Raises InputError likewise."""
+    found, left = contents(folder), list(names)
+    while left:
+        batch: dict[str, np.ndarray] = {}
+        while left and sum(array.nbytes for array in batch.values()) < BATCH:
+            name = left.pop(0)
+            batch[name] = np.empty(*found[name])  # only its shape and dtype are looked at
+        with _readable(folder), _context():
+            arrays: Any = ocp.load(folder.absolute(), batch)
+        yield from arrays.items()
+
+
+def _context() -> ocp.Context:
+    context = ocp.Context()
+    context.array.saving.use_compression = False  # weights are noise to a compressor
+    context.array.saving.storage_options.chunk_byte_size = CHUNK
+    context.memory.deepcopy_host_arrays = False
+    context.pytree.loading.partial_load = True
+    return context
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Orbax has many ways to say that a folder is damaged; this makes one of them."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{folder}: not an Orbax checkpoint that can be read ({reason[0][:200]}); convert it again") from error

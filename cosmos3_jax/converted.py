@@ -1,0 +1,87 @@
+"""Our own layout, as `python -m convert` writes it: the published JSON and tokenizer, and the weights as they are used.
+
+cosmos3_jax.json            what this is, and which parts are there
+weights/und|gen|vae         one store (array_store.py) for each network: its weights by their path, layers stacked
+weights/unused              tensors of the transformer that nothing reads, by published name, so that nothing is lost
+weights/sound_tokenizer     all of the sound tokenizer's, likewise
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from cosmos3_jax import array_store
+from cosmos3_jax.config import InputError
+from cosmos3_jax.folder import read_json, within
+from cosmos3_jax.weights import Index, Network, Weight, audit, by_path, place_weight
+
+MARK = "cosmos3_jax.json"
+FORMAT = 1
+KINDS = ("float32", "float16", "bfloat16")
+
+
+class ConvertedWeights:
+    """The weights in a folder of our own. Raises InputError for another format than this version's."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.about = read_json(folder / MARK)
+        if self.about.get("format") != FORMAT:
+            raise InputError(
+                f"{folder / MARK}: format {self.about.get('format')!r}, but this version reads {FORMAT}; convert it again"
+            )
+
+    def contents(self, store: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and dtype of every array of a store; none if it is not there."""
+        place = within(self.folder, self.folder / "weights" / store)
+        return array_store.contents(place) if place.is_dir() else {}
+
+    def arrays(self, store: str) -> Iterator[tuple[str, np.ndarray]]:
+        """The arrays of `beside`, by their names, as they are stored."""
+        return array_store.read(self.folder / "weights" / store, self.contents(store))
+
+    def beside(self, store: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is in "unused" or "sound_tokenizer", by name; none if it is not there."""
+        return {name: shape for name, (shape, _) in self.contents(store).items()}
+
+    def dtypes(self, part: str, network: Network) -> dict[str, np.dtype]:
+        """The dtype in which each weight is stored, by its path."""
+        return {path: dtype for path, (_, dtype) in self.contents(part).items()}
+
+    def audit(self, networks: Mapping[str, Network]) -> list[str]:
+        """What keeps `networks` ("und", "gen", "vae") from being read, a line each."""
+        lines = []
+        for part, network in networks.items():
+            found = self.contents(part)
+            if not found:
+                lines.append(f"{part}: not in this folder, of which --only was asked; convert all of it")
+                continue
+            expected = {path: w.shape for path, w in _stored(network).items()}
+            shapes = {path: shape for path, (shape, _) in found.items()}
+            odd = [f"odd kind: {path} is {dtype}" for path, (_, dtype) in sorted(found.items()) if dtype.name not in KINDS]
+            lines += [f"{part}: {line}" for line in audit(expected, shapes, ()) + odd]
+        return lines
+
+    def read(self, part: str, network: Network, on_bytes: Callable[[int], object]) -> Iterator[tuple[str, jax.Array]]:
+        """Each weight of an abstract network, cast and placed on its devices, one after the other, by its path.
+
+        Host memory holds one weight at a time. `on_bytes` is told how many more bytes are there.
+        """
+        weights, stored = by_path(network.weights), _stored(network)
+        for path in weights.keys() - stored.keys():
+            yield path, place_weight(weights[path], lambda buffer, index: None)
+        for path, array in array_store.read(self.folder / "weights" / part, stored):
+
+            def fill(buffer: np.ndarray, index: Index, array: np.ndarray = array) -> None:
+                np.copyto(buffer, array[index], casting="unsafe")
+                on_bytes(buffer.nbytes)
+
+            yield path, place_weight(weights[path], fill)
+
+
+def _stored(network: Network) -> dict[str, Weight]:
+    """The weights that hold anything: the layers of a text tower that has but its last one do not."""
+    return {path: w for path, w in by_path(network.weights).items() if math.prod(w.shape)}

@@ -1,0 +1,39 @@
+"""The plain files of a checkpoint folder: JSON, and nothing that lies elsewhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cosmos3_jax.config import InputError
+
+
+def within(folder: Path, path: Path) -> Path:
+    """`path`, which lies in `folder`. Raises InputError for a link out of it."""
+    root, target = folder.resolve(), path.resolve()
+    allowed = [root]
+    for parent in root.parents:
+        if parent.name == "snapshots":  # Hugging Face's cache: its files are links to blobs of the repository, or of all
+            allowed += [parent.parent / "blobs", parent.parent.parent / "blobs"]
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise InputError(f"{path}: leads out of its folder, to {target}; put a copy there instead of a link")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError if there is none."""
+    within(path.parent, path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: missing; is the checkpoint complete?") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON that can be read ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a JSON object is expected")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,53 @@
+"""Hugging Face repositories: the only file that imports huggingface_hub."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cosmos3_jax.config import InputError
+
+PLAIN = ("*.json", "*.jinja", "*.txt")  # configs, tokenizer, chat template
+ROOT = ("model_index.json", "modular_model_index.json", "LICENSE*", "assets/*.json")
+
+
+def download(repository: str, parts: Sequence[str], *, weights: bool = True) -> Path:
+    """The folder to which these parts of a repository ("nvidia/Cosmos3-Nano", or "...@revision") were downloaded.
+
+    Nothing else of it is fetched, and what the cache has is not fetched again. Raises InputError if it cannot be had.
+    """
+    name, _, revision = repository.partition("@")
+    kinds = (*PLAIN, "*.safetensors") if weights else PLAIN
+    wanted = [*ROOT, *(f"{part}/{kind}" for part in parts for kind in kinds)]
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HFValidationError,
+            HTTPError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+    except ValueError as error:  # an HF_ENDPOINT that is no address
+        raise InputError(f"{repository}: huggingface_hub cannot be used ({error})") from error
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+    except HFValidationError as error:
+        raise InputError(f"{repository}: neither a folder here nor the id of a Hugging Face repository") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{repository}: Hugging Face shows no such repository; if its licence must be accepted first, do that on its page "
+            "and log in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"{repository}: this repository has no revision {revision!r}") from error
+    except (LocalEntryNotFoundError, HTTPError, OSError, ValueError) as error:
+        at = f"--revision {revision} " if revision else ""
+        raise InputError(
+            f"{repository}: neither a folder here nor to be had from Hugging Face ({_first_line(error)}); where there is a "
+            f"network, run `hf download {name} {at}--local-dir DIR`, of which model_index.json, assets, {', '.join(parts)} are "
+            "needed, put DIR on this machine, and give its path"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,225 @@
+"""The published layout: which tensors of which file are which weights, and how they get from there to the devices.
+
+It is that of diffusers: a folder each for transformer and vae, with safetensors in them. Nothing but headers is read before
+the audit has passed; then each device's part of each weight is copied out of the mapped files, once, straight to where JAX
+takes it from.
+"""
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cosmos3_jax.config import InputError, TransformerConfig
+from cosmos3_jax.safetensors_files import DTYPES, Tensor, TensorFolder
+from cosmos3_jax.weights import Index, Network, Weight, audit, by_path, is_stacked, place_weight
+
+FOLDER_OF = {"und": "transformer", "gen": "transformer", "vae": "vae"}  # network -> where its tensors are
+OLD = re.compile(r"^(transformer|model|language_model)\.|vae2llm|llm2vae|action2llm|llm2action|sound2llm|llm2sound")
+BLOCK = 1 << 26  # bytes that one thread copies at a time
+
+# Place in a network -> name in the file. {} is the layer; the und tower's "last" is its last layer.
+UND_NAMES = {
+    "embed": "embed_tokens.weight",
+    "layers.keys_values.norm.scale": "layers.{}.input_layernorm.weight",
+    "layers.keys_values.k": "layers.{}.self_attn.to_k.weight",
+    "layers.keys_values.v": "layers.{}.self_attn.to_v.weight",
+    "layers.keys_values.k_norm.scale": "layers.{}.self_attn.norm_k.weight",
+    "layers.keys_values.k_norm_for_gen.scale": "layers.{}.self_attn.k_norm_und_for_gen.weight",
+    "layers.q": "layers.{}.self_attn.to_q.weight",
+    "layers.q_norm.scale": "layers.{}.self_attn.norm_q.weight",
+    "layers.o": "layers.{}.self_attn.to_out.weight",
+    "layers.mlp_norm.scale": "layers.{}.post_attention_layernorm.weight",
+    "layers.mlp.gate": "layers.{}.mlp.gate_proj.weight",
+    "layers.mlp.up": "layers.{}.mlp.up_proj.weight",
+    "layers.mlp.down": "layers.{}.mlp.down_proj.weight",
+}
+GEN_NAMES = {
+    "w_in": "proj_in.weight",
+    "b_in": "proj_in.bias",
+    "timestep_embedding.w_in": "time_embedder.linear_1.weight",
+    "timestep_embedding.b_in": "time_embedder.linear_1.bias",
+    "timestep_embedding.w_out": "time_embedder.linear_2.weight",
+    "timestep_embedding.b_out": "time_embedder.linear_2.bias",
+    "layers.norm.scale": "layers.{}.input_layernorm_moe_gen.weight",
+    "layers.q": "layers.{}.self_attn.add_q_proj.weight",
+    "layers.k": "layers.{}.self_attn.add_k_proj.weight",
+    "layers.v": "layers.{}.self_attn.add_v_proj.weight",
+    "layers.q_norm.scale": "layers.{}.self_attn.norm_added_q.weight",
+    "layers.k_norm.scale": "layers.{}.self_attn.norm_added_k.weight",
+    "layers.o": "layers.{}.self_attn.to_add_out.weight",
+    "layers.mlp_norm.scale": "layers.{}.post_attention_layernorm_moe_gen.weight",
+    "layers.mlp.gate": "layers.{}.mlp_moe_gen.gate_proj.weight",
+    "layers.mlp.up": "layers.{}.mlp_moe_gen.up_proj.weight",
+    "layers.mlp.down": "layers.{}.mlp_moe_gen.down_proj.weight",
+    "norm.scale": "norm_moe_gen.weight",
+    "w_out": "proj_out.weight",
+    "b_out": "proj_out.bias",
+}
+# Part of a path in the VAE -> part of the name in the file; everything else is called as in the file.
+VAE_NAMES = {"sampler.conv.": "sampler.resample.1."}
+
+
+def file_names(table: Mapping[str, str], tower: Network, num_layers: int) -> dict[str, list[str]]:
+    """The tensors in the file of each weight of a tower: one, or one for each layer."""
+    names = {}
+    for path, w in by_path(tower.weights).items():
+        template = table[path.replace("last.", "layers.keys_values.")]
+        layers = range(w.shape[0]) if is_stacked(w) else [num_layers - 1]
+        names[path] = [template.format(layer) for layer in layers]
+    return names
+
+
+def vae_file_names(vae: Network) -> dict[str, list[str]]:
+    """The tensor in the file of each weight of the VAE."""
+    names = {path: path for path in by_path(vae.weights)}
+    for part, in_file in VAE_NAMES.items():
+        names = {path: name.replace(part, in_file) for path, name in names.items()}
+    return {path: [name] for path, name in names.items()}
+
+
+def unused_tensors(config: TransformerConfig) -> dict[str, str]:
+    """Published tensors of the transformer that generation does not need: name -> reason."""
+    last = f"layers.{config.num_hidden_layers - 1}."
+    dead = ("self_attn.to_q", "self_attn.norm_q", "self_attn.to_out", "post_attention_layernorm")
+    mlp = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    sound = ("audio_proj_in.weight", "audio_proj_in.bias", "audio_proj_out.weight", "audio_proj_out.bias")
+    action = ("action_proj_in.fc", "action_proj_in.bias", "action_proj_out.fc", "action_proj_out.bias")
+    return {
+        "lm_head.weight": "predicts text, which is never asked for",
+        "norm.weight": "of the text tower's output, which nothing reads",
+        **{f"{last}{name}.weight": "of the last text layer, whose output nothing reads" for name in dead + mlp},
+        **dict.fromkeys((*sound, "audio_modality_embed"), "sound: not in this version"),
+        **dict.fromkeys((*(f"{name}.weight" for name in action), "action_modality_embed"), "actions: not in this version"),
+    }
+
+
+def names_of(part: str, network: Network, config: TransformerConfig) -> dict[str, list[str]]:
+    """The tensors in the file of each weight of "und", "gen" or "vae"."""
+    if part == "vae":
+        return vae_file_names(network)
+    return file_names(UND_NAMES if part == "und" else GEN_NAMES, network, config.num_hidden_layers)
+
+
+def file_shapes(network: Network, names: Mapping[str, list[str]]) -> dict[str, tuple[int, ...]]:
+    """What a file must hold for a network: shapes by tensor name."""
+    return {name: w.file_shape for path, w in by_path(network.weights).items() for name in names[path]}
+
+
+class PublishedWeights:
+    """The weights in a folder of the published layout. Raises InputError for files that cannot be read."""
+
+    def __init__(self, folder: Path, config: TransformerConfig):
+        self.folder, self.config = folder, config
+        self._opened: dict[str, TensorFolder] = {}
+
+    def _files(self, name: str) -> TensorFolder:
+        if name not in self._opened:
+            self._opened[name] = TensorFolder(self.folder / name)
+        return self._opened[name]
+
+    def audit(self, networks: Mapping[str, Network]) -> list[str]:
+        """What keeps `networks` ("und", "gen", "vae") from being read, a line each."""
+        lines = []
+        for name in sorted({FOLDER_OF[part] for part in networks}):
+            files, unused = self._files(name), unused_tensors(self.config) if name == "transformer" else ()
+            expected: dict[str, tuple[int, ...]] = {}
+            for part, network in networks.items():
+                if FOLDER_OF[part] == name:
+                    expected |= file_shapes(network, names_of(part, network, self.config))
+            if old := next((tensor for tensor in files.tensors if name == "transformer" and OLD.search(tensor)), None):
+                lines.append(f"{name}: {old} is a name from before the first release; download the current revision")
+                continue
+            lines += [f"{name}: {line}" for line in files.problems + audit(expected, files.shapes(), unused)]
+        return lines
+
+    def dtypes(self, part: str, network: Network) -> dict[str, np.dtype]:
+        """The dtype in which each weight is stored, by its path; of layers that differ, one that holds all of them."""
+        tensors, names = self._files(FOLDER_OF[part]).tensors, names_of(part, network, self.config)
+        kinds = {path: [DTYPES[tensors[name].kind] for name in listed] for path, listed in names.items()}
+        return {path: functools.reduce(jnp.promote_types, found) for path, found in kinds.items() if found}
+
+    def beside(self, store: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of the transformer's tensors that generation does not read ("unused"), or all of the "sound_tokenizer"'s.
+
+        None if there are none. Raises InputError for files that cannot be read.
+        """
+        if store == "unused":
+            unused = unused_tensors(self.config)
+            return {name: shape for name, shape in self._files("transformer").shapes().items() if name in unused}
+        if not (self.folder / store).is_dir():
+            return {}
+        files = self._files(store)
+        if files.problems:
+            raise InputError(f"{self.folder / store}: {len(files.problems)} faults\n  " + "\n  ".join(files.problems))
+        return files.shapes()
+
+    def arrays(self, store: str) -> Iterator[tuple[str, np.ndarray]]:
+        """The tensors of `beside`, by their names, as they are stored."""
+        files = self._files("transformer" if store == "unused" else store)
+        for name in self.beside(store):
+            yield name, files.tensors[name].view()
+            files.tensors[name].release()
+
+    def read(self, part: str, network: Network, on_bytes: Callable[[int], object]) -> Iterator[tuple[str, jax.Array]]:
+        """Each weight of an abstract network, cast and placed on its devices, one after the other, by its path.
+
+        Host memory holds one device's share of one weight at a time. `on_bytes` is told how many more bytes are there.
+        """
+        tensors = self._files(FOLDER_OF[part]).tensors
+        names = names_of(part, network, self.config)
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            for path, w in by_path(network.weights).items():
+                sources = [tensors[name] for name in names[path]]
+
+                def fill(buffer: np.ndarray, index: Index, w: Weight = w, sources: list[Tensor] = sources) -> None:
+                    for nbytes in pool.map(_copy, _blocks(buffer, index, w, sources)):
+                        on_bytes(nbytes)
+
+                yield path, place_weight(w, fill)
+
+
+def _blocks(buffer: np.ndarray, index: Index, w: Weight, sources: list[Tensor]) -> Iterator[tuple]:
+    """Pieces to copy: (where to, where from, the tensor that this is of). A stacked weight has a tensor for each layer."""
+    if not is_stacked(w):
+        buffer, index = buffer[None], (slice(None), *index)
+    for target, source in zip(buffer, sources, strict=True):
+        view = arrange(source.view(), w)[index[1:]]
+        count = max(1, target.nbytes // BLOCK) if target.ndim else 1
+        for part in zip(np.array_split(target, count), np.array_split(view, count), strict=True):
+            yield *part, source
+
+
+def _copy(block: tuple[np.ndarray, np.ndarray, Tensor]) -> int:
+    target, view, source = block
+    np.copyto(target, view, casting="unsafe")
+    source.release()
+    return target.nbytes
+
+
+def arrange(tensor: np.ndarray, w: Weight) -> np.ndarray:
+    """A view of a tensor of a file in its weight's own layout.
+
+    A convolution is stored [out, in, (time,) height, width] and used as [height, width, (time x) in, out].
+    """
+    if tensor.ndim > 2:
+        tensor = tensor.transpose(_convolution_axes(tensor.ndim))
+    return tensor.reshape(w.shape[1:] if is_stacked(w) else w.shape)
+
+
+def disarrange(value: np.ndarray, w: Weight) -> np.ndarray:
+    """The inverse of `arrange`."""
+    if len(w.file_shape) < 3:
+        return value.reshape(w.file_shape)
+    axes = _convolution_axes(len(w.file_shape))
+    return value.reshape([w.file_shape[axis] for axis in axes]).transpose(np.argsort(axes))
+
+
+def _convolution_axes(ndim: int) -> tuple[int, ...]:
+    return (*range(ndim - 2, ndim), *range(ndim - 3, -1, -1))
