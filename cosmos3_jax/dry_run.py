@@ -28,12 +28,15 @@ def _title(job: Job, e: Estimate) -> str:
 
 
 def _memory(e: Estimate) -> str:
+    def peaks(stage: Stage) -> tuple[int, int]:
+        return e.peak(stage), e.peak(stage, keep=False)
+
     rows = [
-        [stage.name, *map(_gigabytes, (stage.weights, stage.inputs, stage.results, stage.scratch, e.peak(stage)))]
+        [stage.name, *map(_gigabytes, (stage.weights, stage.inputs, stage.results, stage.scratch, *peaks(stage)))]
         for stage in e.stages
     ]
-    note = f"All weights, {_gigabytes(e.weights)} GB, stay loaded, so they are in every peak."
-    return _table(["GB on each device", "weights", "inputs", "results", "scratch", "peak"], rows) + "\n\n" + note
+    note = f"Keep: all weights, {_gigabytes(e.weights)} GB, stay loaded. Drop: those that the stage needs (--text-tower)."
+    return _table(["GB on each device", "weights", "inputs", "results", "scratch", "keep", "drop"], rows) + "\n\n" + note
 
 
 def _collectives(e: Estimate) -> str:
@@ -61,12 +64,18 @@ def _time(e: Estimate) -> str:
 
 def _meshes(estimates: Sequence[Estimate]) -> str:
     def cell(e: Estimate, gpu: GPU) -> str:
-        mark = {"yes": "", "tight": "*"}
+        mark = {"yes": "", "drop": "+", "tight": "*", "tight drop": "*+"}
         return f"{_short(e.total_seconds(gpu))} s{mark[e.fits(gpu)]}" if e.fits(gpu) in mark else "no"
 
-    rows = [[f"--cfg {e.cfg} --tp {e.tp}", _gigabytes(e.highest), *(cell(e, gpu) for gpu in GPUS)] for e in estimates]
-    notes = "no: does not fit. *: above the 75 % of the memory that JAX takes; try XLA_PYTHON_CLIENT_MEM_FRACTION=.95."
-    return _table(["mesh", "peak GB", *NAMES], rows) + "\n\n" + notes
+    rows = [
+        [f"--cfg {e.cfg} --tp {e.tp}", *map(_gigabytes, (e.highest(), e.highest(keep=False))), *(cell(e, gpu) for gpu in GPUS)]
+        for e in estimates
+    ]
+    notes = (
+        "no: does not fit. +: with --text-tower drop or host. *: above the 75 % of the memory that JAX takes; try "
+        "XLA_PYTHON_CLIENT_MEM_FRACTION=.95."
+    )
+    return _table(["mesh", "keep GB", "drop GB", *NAMES], rows) + "\n\n" + notes
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -90,7 +99,14 @@ def _json(e: Estimate) -> dict[str, Any]:
         s.name: {
             "runs": s.runs,
             "flops": s.flops,
-            "bytes": {"weights": s.weights, "inputs": s.inputs, "results": s.results, "scratch": s.scratch, "peak": e.peak(s)},
+            "bytes": {
+                "weights": s.weights,
+                "inputs": s.inputs,
+                "results": s.results,
+                "scratch": s.scratch,
+                "peak": e.peak(s),
+                "peak_dropped": e.peak(s, keep=False),
+            },
             "collectives": {
                 kind: dict(zip(("count", "bytes"), s.collected(kind), strict=True)) for kind in KINDS if s.collected(kind)[0]
             },
@@ -100,4 +116,5 @@ def _json(e: Estimate) -> dict[str, Any]:
     gpus = {
         gpu.name: {"fits": e.fits(gpu), "seconds": e.total_seconds(gpu), "link_seconds": e.link_seconds(gpu)} for gpu in GPUS
     }
-    return {"cfg": e.cfg, "tp": e.tp, "weights": e.weights, "peak": e.highest, "stages": stages, "gpus": gpus}
+    peaks = {"peak": e.highest(), "peak_dropped": e.highest(keep=False)}
+    return {"cfg": e.cfg, "tp": e.tp, "weights": e.weights, **peaks, "stages": stages, "gpus": gpus}

@@ -31,8 +31,9 @@ from cosmos3_jax.weights import Network
 TEXT_TOKENS = 512  # of each branch, if the prompt cannot be counted: four buckets, a long paragraph
 # As large; of bfloat16 weights XLA's CPU backend would keep float32 copies.
 STAND_IN = {"bfloat16": "float16", "float32": "float32"}
-# Answer -> share of a GPU's memory: what JAX takes by default, and the most it can sensibly be given
-SHARES = {"yes": 0.75, "tight": 0.95}
+# Answer -> share of a GPU's memory (what JAX takes by default, or the most it can sensibly be given), and whether all weights
+# stay loaded (networks.py)
+ANSWERS = {"yes": (0.75, True), "drop": (0.75, False), "tight": (0.95, True), "tight drop": (0.95, False)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,21 +78,24 @@ class Estimate:
     cfg: int
     tp: int
     dtype: str
-    weights: int  # bytes on one device of all networks: they stay loaded
+    weights: int  # bytes on one device of all networks
     stages: tuple[Stage, ...]
 
-    def peak(self, stage: Stage) -> int:
-        """Bytes on one device while a stage runs."""
-        return self.weights + stage.inputs + stage.results + stage.scratch
+    def peak(self, stage: Stage, *, keep: bool = True) -> int:
+        """Bytes on one device while a stage runs, beside all weights (`keep`) or with those alone that it needs."""
+        return (self.weights if keep else stage.weights) + stage.inputs + stage.results + stage.scratch
 
-    @property
-    def highest(self) -> int:
+    def highest(self, *, keep: bool = True) -> int:
         """The highest of all peaks."""
-        return max(self.peak(stage) for stage in self.stages)
+        return max(self.peak(stage, keep=keep) for stage in self.stages)
 
     def fits(self, gpu: GPU) -> str:
-        """Whether the highest peak fits: "yes", "tight" (above JAX's default share of the memory) or "no"."""
-        return next((answer for answer, share in SHARES.items() if self.highest <= share * gpu.memory), "no")
+        """Whether the highest peak fits: "yes", "drop" (only what a stage needs is loaded), "no".
+
+        "tight" and "tight drop" are above JAX's default share of the memory.
+        """
+        fitting = (answer for answer, (share, keep) in ANSWERS.items() if self.highest(keep=keep) <= share * gpu.memory)
+        return next(fitting, "no")
 
     def seconds(self, stage: Stage, gpu: GPU) -> float:
         """The least time of all runs of a stage: its arithmetic, or one reading of its weights and inputs."""

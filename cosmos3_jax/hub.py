@@ -19,13 +19,7 @@ def download(repository: str, parts: Sequence[str], *, weights: bool = True) -> 
     wanted = [*ROOT, *(f"{part}/{kind}" for part in parts for kind in kinds)]
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            HFValidationError,
-            HTTPError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
+        from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
     except ValueError as error:  # an HF_ENDPOINT that is no address
         raise InputError(f"{repository}: huggingface_hub cannot be used ({error})") from error
     try:
@@ -39,7 +33,7 @@ def download(repository: str, parts: Sequence[str], *, weights: bool = True) -> 
         ) from error
     except RevisionNotFoundError as error:
         raise InputError(f"{repository}: this repository has no revision {revision!r}") from error
-    except (LocalEntryNotFoundError, HTTPError, OSError, ValueError) as error:
+    except Exception as error:  # no network, a broken one, an incomplete cache: its HTTP library has many classes for them
         at = f"--revision {revision} " if revision else ""
         raise InputError(
             f"{repository}: neither a folder here nor to be had from Hugging Face ({_first_line(error)}); where there is a "

@@ -296,10 +296,7 @@ def test_a_repository_that_cannot_be_reached(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(
-        InputError,
-        match=rf"^nvidia/Cosmos3-Nano: neither a folder here nor to be had from Hugging Face \({error}\); .*`hf download nvidia/Cosmos3-Nano --",
-    ):
+    with pytest.raises(InputError, match=rf"^nvidia/Cosmos3-Nano: neither a folder here nor .*\({error}\); .*`hf download"):
         locate("nvidia/Cosmos3-Nano")
 
 

@@ -1,6 +1,7 @@
 """`--dry-run`: tables and a JSON line, of shapes alone, or one sentence and exit code 2."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -98,12 +99,13 @@ def test_json_has_the_numbers(done, folder):
     assert told["meshes"][1] == told["chosen"]
     for told_of, mesh in zip(told["meshes"], ((1, 1), (2, 4)), strict=True):
         e = estimate(Job(TINY, cases.VAE, request, "bfloat16", text_tokens=128), *mesh)
-        assert (told_of["cfg"], told_of["tp"], told_of["weights"], told_of["peak"]) == (*mesh, e.weights, e.highest)
+        assert (told_of["cfg"], told_of["tp"], told_of["weights"], told_of["peak"]) == (*mesh, e.weights, e.highest())
         assert list(told_of["stages"]) == ["prefill", "step", "decode"]
         for stage in e.stages:
             part = told_of["stages"][stage.name]
             assert (part["runs"], part["flops"]) == (stage.runs, stage.flops)
-            needs = stage.weights, stage.inputs, stage.results, stage.scratch, e.peak(stage)
+            peaks = e.peak(stage), e.peak(stage, keep=False)
+            needs = stage.weights, stage.inputs, stage.results, stage.scratch, *peaks
             assert tuple(part["bytes"].values()) == needs
             assert sum(each["count"] for each in part["collectives"].values()) == sum(c.count for c in stage.collectives)
         for gpu in GPUS:
@@ -180,13 +182,19 @@ def test_a_mesh_that_no_host_has_can_be_chosen(monkeypatch):
 
 
 def test_what_fits_is_marked(monkeypatch):
-    """On H200s of 141 GB: 200 GB do not fit, 120 GB are 85 %, 60 GB are 43 %."""
+    """On H200s of 141 GB: 200 GB do not fit, 120 GB are 85 %, 60 GB are 43 %; and of 120 GB a stage may need but half."""
     answers = {}
     for gigabytes in (200, 120, 60):
         monkeypatch.setattr(dry_run, "estimate", lambda *a, weights=gigabytes * 10**9: made(*a, weights=weights))
         last = tables(dry_run.dry_run(JOB, 1, 1)[0])[-1]
         answers[gigabytes] = dict(zip(cells(last[0]), cells(last[2]), strict=True))["H200"]
+        half = dataclasses.replace(made(JOB, 1, 1).stages[0], weights=gigabytes * 5 * 10**8)
+        dropped = dataclasses.replace(dry_run.estimate(JOB, 1, 1), stages=(half,))
+        monkeypatch.setattr(dry_run, "estimate", lambda *_, dropped=dropped: dropped)
+        last = tables(dry_run.dry_run(JOB, 1, 1)[0])[-1]
+        answers[-gigabytes] = dict(zip(cells(last[0]), cells(last[2]), strict=True))["H200"]
     assert answers[200] == "no"
+    assert [re.sub(r"^[\d.]+ s", "", answers[-size]) for size in (200, 120, 60)] == ["+", "+", ""]
     assert re.fullmatch(r"[\d.]+ s\*", answers[120])
     assert re.fullmatch(r"[\d.]+ s", answers[60])
 

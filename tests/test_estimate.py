@@ -262,9 +262,10 @@ SLOW = GPU("slow", bfloat16=50e12, float32=10e12, memory=100e9, bandwidth=3e12, 
 
 
 def test_the_peak_is_everything_that_is_there():
-    """All weights, not the stage's alone: they stay loaded."""
+    """All weights, or the stage's alone."""
     assert [MADE.peak(stage) for stage in MADE.stages] == [(9 + 0 + 1 + 2) * GB, (9 + 1 + 0 + 4) * GB]
-    assert MADE.highest == 14 * GB
+    assert [MADE.peak(stage, keep=False) for stage in MADE.stages] == [(3 + 0 + 1 + 2) * GB, (5 + 1 + 0 + 4) * GB]
+    assert (MADE.highest(), MADE.highest(keep=False)) == (14 * GB, 10 * GB)
 
 
 def test_the_peak_of_what_was_read():
@@ -277,11 +278,27 @@ def test_the_peak_of_what_was_read():
 
 @pytest.mark.parametrize(
     ("memory", "answer"),
-    [(14e9 / 0.75, "yes"), (14e9 / 0.75 - 4, "tight"), (14e9 / 0.95 + 1, "tight"), (14e9 / 0.95 - 4, "no")],
+    [
+        (14e9 / 0.75, "yes"),
+        (14e9 / 0.75 - 4, "drop"),
+        (10e9 / 0.75 + 1, "drop"),
+        (10e9 / 0.75 - 4, "tight drop"),
+        (10e9 / 0.95 + 1, "tight drop"),
+        (10e9 / 0.95 - 4, "no"),
+    ],
 )
 def test_what_fits(memory, answer):
     """JAX takes 75 % of the memory by default, and 95 % when told. Four bytes: the division rounds."""
     assert MADE.fits(dataclasses.replace(SLOW, memory=memory)) == answer
+
+
+@pytest.mark.parametrize(
+    ("memory", "answer"), [(14e9 / 0.75 - 4, "tight"), (14e9 / 0.95 + 1, "tight"), (14e9 / 0.95 - 4, "no")]
+)
+def test_what_fits_where_one_network_is_nearly_all(memory, answer):
+    stage = dataclasses.replace(STEP, weights=9 * GB)
+    only = dataclasses.replace(MADE, stages=(stage,))
+    assert only.fits(dataclasses.replace(SLOW, memory=memory)) == answer
 
 
 def test_seconds_of_arithmetic():

@@ -23,7 +23,7 @@ from cosmos3_jax.safetensors_files import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # imageio leaves its pipes to the collector
 SMALL = ["--num-frames", "5", "--height", "32", "--width", "32", "--steps", "2"]
-STAGES = {"load", "tokenize", "encode", "prefill", "denoise", "decode", "write"}
+STAGES = {"load", "tokenize", "prefill", "denoise", "decode", "write"}
 
 
 def run(*flags) -> types.SimpleNamespace:
