@@ -6,6 +6,8 @@ it is whole.
 
 import contextlib
 import dataclasses
+import itertools
+import math
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from cosmos3_jax import __version__, array_store
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.checkpoint import Checkpoint, Weights
 from cosmos3_jax.config import InputError
-from cosmos3_jax.converted import FORMAT, MARK
+from cosmos3_jax.converted import FORMAT, MARK, ConvertedWeights
 from cosmos3_jax.folder import read_json, within, write_json
 from cosmos3_jax.networks import abstract_networks
 from cosmos3_jax.published import disarrange, names_of
@@ -47,9 +49,9 @@ class Source:
     def open(cls, path: str | Path, *, dtype: str | None = None, only: Collection[str] | None = None) -> "Source":
         """A folder in either layout; `only` these of its parts. Raises InputError for what is wrong with it."""
         checkpoint = Checkpoint.open(path, sound=True)
-        if only is not None and (strange := set(only) - STORES.keys()):
-            raise InputError(f"--only {','.join(sorted(strange))}: parts are {', '.join(STORES)}")
-        wanted = [store for part in (only or STORES) for store in STORES[part]]
+        if only is not None and (not only or set(only) - STORES.keys()):
+            raise InputError(f"--only {','.join(only)}: parts are {', '.join(STORES)}")
+        wanted = [store for part in (STORES if only is None else only) for store in STORES[part]]
         device = jax.devices("cpu")[:1]
         every = abstract_networks(checkpoint.transformer, checkpoint.vae, make_mesh(devices=device), "float32")._asdict()
         networks = {part: network for part, network in every.items() if part in wanted}
@@ -60,6 +62,11 @@ class Source:
         typed = {part: _typed(network, weights.dtypes(part, network), dtype) for part, network in networks.items()}
         return cls(checkpoint, weights, typed, [*typed, *beside], dtype)
 
+    def nbytes(self) -> int:
+        """The bytes of everything that there is to read, or a few more."""
+        beside = [shape for store in self.stores if store not in self.networks for shape in self.weights.beside(store).values()]
+        return sum(map(nbytes, self.networks.values())) + 4 * sum(map(math.prod, beside))
+
     def read(self, store: str) -> Iterator[tuple[str, np.ndarray]]:
         """Every array of a store by its name, one after the other, in the dtype that it will have."""
         if store in self.networks:
@@ -68,6 +75,8 @@ class Source:
             return
         cast = self.dtype if store == "unused" else None  # the sound decoder is published, and runs, in float32
         for name, array in self.weights.arrays(store):
+            if not array.size:
+                raise InputError(f"{self.checkpoint.folder}: {store}: {name} has no values")
             yield name, array.astype(cast or array.dtype, copy=False)
 
 
@@ -120,29 +129,31 @@ def _tensors(source: Source, store: str, progress: bool) -> Iterator[tuple[str, 
             yield name, disarrange(layer, weights[path])
 
 
-def verify(src: str | Path, dst: str | Path, *, progress: bool = False) -> int:
-    """How many arrays of `dst` are, bit for bit, what conversion makes of `src`: all. Raises InputError if any is not."""
-    converted = Source.open(dst, only=_parts(dst))
-    about = read_json(converted.checkpoint.folder / MARK)
-    source = Source.open(src, dtype=about["dtype"], only=_parts(dst))
-    wrong, count = [], 0
+def verify(
+    src: str | Path, dst: str | Path, *, dtype: str | None = None, only: Collection[str] | None = None, progress: bool = False
+) -> dict[str, int]:
+    """How many arrays of each store of `dst` are, bit for bit, what conversion makes of `src`: all of them.
+
+    `dtype` and `only` are those of the conversion, or left out. Raises InputError if anything differs.
+    """
+    if not (Path(dst) / MARK).is_file():
+        raise InputError(f"{dst}: not a folder that `python -m convert` wrote: no {MARK} there")
+    made = ConvertedWeights(Path(dst))
+    parts = [part for part, stores in STORES.items() if set(stores) & set(made.stores)]
+    if dtype not in (None, made.dtype) or (only is not None and set(only) != set(parts)):
+        raise InputError(f"{dst}: was made of {', '.join(parts)} with dtype={made.dtype}, not with this --only and --dtype")
+    source, found = Source.open(src, dtype=made.dtype, only=parts), Source.open(dst, only=parts)
+    counts, wrong = dict.fromkeys(source.stores, 0), []
     for store in source.stores:
-        for (path, expected), (found_path, found) in zip(_shown(source, store, progress), converted.read(store), strict=True):
-            same = path == found_path and expected.dtype == found.dtype and expected.shape == found.shape
-            if not same or not np.array_equal(_bits(expected), _bits(found)):
-                wrong.append(f"{store}: {path}")
-            count += 1
+        pairs = itertools.zip_longest(_shown(source, store, progress), found.read(store), fillvalue=("none", np.zeros(0)))
+        for (name, expected), (found_name, array) in pairs:
+            same = name == found_name and expected.dtype == array.dtype and expected.shape == array.shape
+            if not same or not np.array_equal(_bits(expected), _bits(array)):
+                wrong.append(f"{store}: {name if name == found_name else f'{name} against {found_name}'}")
+            counts[store] += 1
     if wrong:
-        raise InputError(f"{dst}: differs from {src} in {len(wrong)} of {count} arrays\n  " + "\n  ".join(wrong))
-    return count
-
-
-def _parts(folder: str | Path) -> list[str]:
-    """The parts that a folder of ours has."""
-    if not (Path(folder) / MARK).is_file():
-        raise InputError(f"{folder}: not a folder that `python -m convert` wrote: no {MARK} there")
-    stores = read_json(Path(folder) / MARK).get("stores")
-    return [part for part, listed in STORES.items() if isinstance(stores, list) and set(listed) & set(stores)]
+        raise InputError(f"{dst}: differs from {src} in {len(wrong)} of {sum(counts.values())}\n  " + "\n  ".join(wrong))
+    return counts
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
@@ -165,7 +176,7 @@ def _whole(dst: Path, source: Source) -> Iterator[Path]:
         raise InputError(f"{dst}: is there already; delete it, or give another place")
     if not dst.absolute().parent.is_dir():
         raise InputError(f"{dst}: there is no folder {dst.absolute().parent}")
-    size, free = sum(map(nbytes, source.networks.values())), shutil.disk_usage(dst.absolute().parent).free
+    size, free = source.nbytes(), shutil.disk_usage(dst.absolute().parent).free
     if size > free:
         raise InputError(f"{dst}: needs {size / 1e9:.1f} GB, but there are {free / 1e9:.1f} GB free")
     incomplete = dst.with_name(f".{dst.name}.incomplete")

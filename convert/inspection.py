@@ -61,10 +61,12 @@ def _sound_tokenizer(weights: Weights) -> str:
 
 def _notes(config: TransformerConfig, weights: Weights) -> list[str]:
     """Differences to the published lists that do not matter here: tensors that are not needed, of heads for example."""
+    if isinstance(weights, ConvertedWeights) and "unused" not in weights.stores:
+        return []
     unused = unused_tensors(config)
     expected = {name: shape for name, shape in transformer_shapes(config).items() if name in unused}
     lines = audit(expected, weights.beside("unused"), ())
-    return [f"transformer: {line} (not needed: {unused[line.split()[1]]})" for line in lines]
+    return [f"transformer: {line} (not needed: {unused.get(line.split()[1], 'unknown')})" for line in lines]
 
 
 def _in_words(about: dict[str, Any]) -> str:

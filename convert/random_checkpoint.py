@@ -101,11 +101,19 @@ def transformer_shapes(config: TransformerConfig) -> Shapes:
         elsewhere |= _head_shapes("audio", D, config.sound_dim or 0)
     if config.action_gen:
         elsewhere |= _action_shapes(D, config.action_dim or 0, config.num_embodiment_domains)
+    first = _first_text_layer(config)
     for name in unused_tensors(config):
         twin = name.replace(f"layers.{layers - 1}.", "layers.0.")
-        if name in elsewhere or twin in shapes:
-            shapes[name] = elsewhere[name] if name in elsewhere else shapes[twin]
+        if name in elsewhere or twin in first:
+            shapes[name] = elsewhere[name] if name in elsewhere else first[twin]
     return shapes
+
+
+def _first_text_layer(config: TransformerConfig) -> Shapes:
+    """The tensors of a text layer that is not the last."""
+    two = dataclasses.replace(config, num_hidden_layers=2)
+    und = abstract_networks(two, TINY_VAE, make_mesh(), "float32").und
+    return file_shapes(und, names_of("und", und, two))
 
 
 def _head_shapes(kind: str, D: int, size: int) -> Shapes:

@@ -4,6 +4,7 @@ Arrays are stored whole and uncompressed, whatever they will be divided over, so
 """
 
 import contextlib
+import logging
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from orbax.checkpoint import v1 as ocp
 from cosmos3_jax.config import InputError
 
 CHUNK = 1 << 25  # bytes of an array that are read and written as one
+UNREADABLE = "not an Orbax checkpoint that can be read; convert it again"
 BATCH = 1 << 30  # bytes of small arrays that go together
 
 
 def write(folder: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
     """Writes arrays as they come, a large one or a gigabyte of small ones at a time. The folder is there once all are."""
     batch: dict[str, np.ndarray] = {}
-    with _context():
+    with _plain_errors(folder, "cannot be written"), _context():
         for name, array in arrays:
             batch[name] = array
             if sum(each.nbytes for each in batch.values()) >= BATCH:
@@ -33,8 +35,10 @@ def write(folder: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
 
 def contents(folder: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of every array. Raises InputError for a folder that cannot be read."""
-    with _readable(folder), _context():
+    with _plain_errors(folder, UNREADABLE), _context():
         arrays: Any = ocp.metadata(folder.absolute()).metadata
+        if arrays is None:
+            raise ValueError("it has no list of its arrays")
         return {name: (tuple(array.shape), np.dtype(array.dtype)) for name, array in arrays.items()}
 
 
@@ -46,7 +50,7 @@ def read(folder: Path, names: Collection[str]) -> Iterator[tuple[str, np.ndarray
         while left and sum(array.nbytes for array in batch.values()) < BATCH:
             name = left.pop(0)
             batch[name] = np.empty(*found[name])  # only its shape and dtype are looked at
-        with _readable(folder), _context():
+        with _plain_errors(folder, UNREADABLE), _context():
             arrays: Any = ocp.load(folder.absolute(), batch)
         yield from arrays.items()
 
@@ -61,10 +65,19 @@ def _context() -> ocp.Context:
 
 
 @contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Orbax has many ways to say that a folder is damaged; this makes one of them."""
+def _plain_errors(folder: Path, what: str) -> Iterator[None]:
+    """Orbax has many ways to say that a folder is damaged, logs among them; this makes one of them."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{folder}: not an Orbax checkpoint that can be read ({reason[0][:200]}); convert it again") from error
+        raise InputError(f"{folder}: {what} ({reason[0][:200]})") from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -67,17 +67,23 @@ class Checkpoint:
         folder = locate(path, weights=weights, sound=sound)
         for name in (*FOLDERS, "sound_tokenizer", "assets"):
             within(folder, folder / name)
-        for file in (folder / "text_tokenizer").glob("*"):  # they are opened by another library
+        for file in (folder / "text_tokenizer").rglob("*"):  # they are opened by another library
             within(folder, file)
         index = read_json(folder / "model_index.json")
         if index.get("_class_name") not in PIPELINES:
             raise InputError(f"{folder}: model_index.json is of {index.get('_class_name')!r}; expected {PIPELINES[0]!r}")
         negative, modular = folder / "assets" / "negative_prompt.json", folder / "modular_model_index.json"
+        transformer = TransformerConfig.from_json(read_json(folder / "transformer" / "config.json"))
+        vae = VAEConfig.from_json(read_json(folder / "vae" / "config.json"))
+        if transformer.latent_channel != vae.z_dim:
+            raise InputError(
+                f"{folder}: the transformer's latent_channel={transformer.latent_channel} is not the VAE's z_dim={vae.z_dim}"
+            )
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
         return cls(
             folder,
-            TransformerConfig.from_json(read_json(folder / "transformer" / "config.json")),
-            VAEConfig.from_json(read_json(folder / "vae" / "config.json")),
+            transformer,
+            vae,
             SchedulerConfig.from_json(scheduler, read_json(modular) if modular.is_file() else {}),
             use_system_prompt=bool(index.get("default_use_system_prompt", True)),
             negative_prompt=json.dumps(read_json(negative)) if negative.is_file() else "",
@@ -96,8 +102,9 @@ class Checkpoint:
         """
         weights = self.weights()
         if problems := weights.audit(networks):
-            listing = "\n  ".join(problems)
-            raise InputError(f"{self.folder}: {len(problems)} faults in the tensors\n  {listing}")
+            listing = "\n  ".join(line if line.isprintable() else ascii(line) for line in problems)
+            count = f"{len(problems)} fault{'s' if len(problems) > 1 else ''}"
+            raise InputError(f"{self.folder}: {count} in the tensors\n  {listing}")
         return weights
 
 
@@ -108,7 +115,8 @@ def locate(path: str | Path, *, weights: bool = True, sound: bool = False) -> Pa
         if not (folder / "model_index.json").exists():
             raise InputError(f"{folder}: no model_index.json there; a checkpoint folder in the published layout is expected")
         return folder
-    if folder.is_absolute() or len(folder.parts) != 2 or str(path).startswith("."):
+    repository = Path(str(path).partition("@")[0])
+    if folder.is_absolute() or len(repository.parts) != 2 or str(path).startswith("."):
         raise InputError(f"{path}: there is no such folder")
     return hub.download(str(path), (*FOLDERS, "sound_tokenizer") if sound else FOLDERS, weights=weights)
 

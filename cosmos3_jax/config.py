@@ -99,13 +99,19 @@ class TransformerConfig:
         config = cls(**_fields(cls, file, {"rope_axes_dim": section}) | _fields(cls, file, json))
         if config.hidden_act not in ("silu", "relu2"):
             raise InputError(f"transformer/config.json: hidden_act={config.hidden_act!r} is neither 'silu' nor 'relu2'")
+        if scaling is not None and not isinstance(scaling, Mapping):
+            raise InputError(f"transformer/config.json: rope_scaling={_short(scaling)} should be an object")
         if config.num_attention_heads % config.num_key_value_heads:
             raise InputError(
                 f"transformer/config.json: num_key_value_heads={config.num_key_value_heads} does not divide "
                 f"num_attention_heads={config.num_attention_heads}"
             )
-        if len(config.rope_axes_dim) != 3 or any(type(slots) is not int for slots in config.rope_axes_dim):
-            raise InputError(f"transformer/config.json: rope_axes_dim={list(config.rope_axes_dim)} should be slots of t, h, w")
+        slots = config.rope_axes_dim
+        if len(slots) != 3 or min(slots) < 0 or 2 * sum(slots) != config.head_dim:
+            raise InputError(
+                f"transformer/config.json: rope_axes_dim={list(slots)} should be slots of t, h, w, in all half of "
+                f"head_dim={config.head_dim}"
+            )
         if json.get("patch_latent_dim", config.sizes["C"]) != config.sizes["C"]:
             raise InputError(
                 f"transformer/config.json: patch_latent_dim={json['patch_latent_dim']} should be latent_channel x "
@@ -181,11 +187,28 @@ class VAEConfig:
     def from_json(cls, json: Mapping[str, Any]) -> Self:
         """Reads `vae/config.json`. Raises InputError for a VAE of another kind than Wan 2.2's."""
         _require("vae/config.json", {"is_residual": False} | dict(json), is_residual=True)
-        _require("vae/config.json", json, attn_scales=[])
+        _require("vae/config.json", json, attn_scales=[], quantization_config=None)
         like_encoder = {"decoder_base_dim": json.get("base_dim")}
         config = cls(**_fields(cls, "vae/config.json", like_encoder) | _fields(cls, "vae/config.json", json))
         if not config.z_dim == len(config.latents_mean) == len(config.latents_std):
             raise InputError(f"vae/config.json: latents_mean and latents_std should have z_dim={config.z_dim} values")
+        if min(config.latents_std) <= 0:
+            raise InputError(f"vae/config.json: latents_std={_short(config.latents_std)} should be above 0")
+        if not config.dim_mult or min(config.dim_mult) < 1 or len(config.temperal_downsample) != len(config.dim_mult) - 1:
+            raise InputError(
+                f"vae/config.json: dim_mult={_short(config.dim_mult)} should be whole numbers above 0, one more than "
+                f"temperal_downsample={_short(config.temperal_downsample)}"
+            )
+        # What the architecture makes of them; they are not read on their own.
+        pixels = 3 * config.patch_size**2
+        space, time = config.patch_size * 2 ** len(config.temperal_downsample), 2 ** sum(config.temperal_downsample)
+        implied = {"in_channels": pixels, "out_channels": pixels, "scale_factor_spatial": space, "scale_factor_temporal": time}
+        for name, value in implied.items():
+            if getattr(config, name) != value:
+                raise InputError(
+                    f"vae/config.json: {name}={getattr(config, name)} should be {value}, as patch_size={config.patch_size} and "
+                    f"temperal_downsample={list(config.temperal_downsample)} make it"
+                )
         return config
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
@@ -230,7 +253,10 @@ class SchedulerConfig:
             shift_terminal=None,
         )
         known = {key: value for key, value in json.items() if key != "distilled_sigmas"}
-        return cls(**_fields(cls, file, known))
+        config = cls(**_fields(cls, file, known))
+        if config.sigma_min >= config.sigma_max:
+            raise InputError(f"{file}: sigma_min={config.sigma_min} should be below sigma_max={config.sigma_max}")
+        return config
 
     @classmethod
     def _distilled(cls, file: str, json: Mapping[str, Any], modular: Mapping[str, Any]) -> Self:

@@ -1,9 +1,11 @@
 """Our own layout, as `python -m convert` writes it: the published JSON and tokenizer, and the weights as they are used.
 
-cosmos3_jax.json            what this is, and which parts are there
-weights/und|gen|vae         one store (array_store.py) for each network: its weights by their path, layers stacked
-weights/unused              tensors of the transformer that nothing reads, by published name, so that nothing is lost
-weights/sound_tokenizer     all of the sound tokenizer's, likewise
+| in the folder            | |
+|---|---|
+| cosmos3_jax.json         | what this is, which stores there are, and the dtype, if one was chosen |
+| weights/und, gen, vae    | a store (array_store.py) for each network: its weights by their path, layers stacked |
+| weights/unused           | tensors of the transformer that nothing reads, by published name, so that nothing is lost |
+| weights/sound_tokenizer  | all of the sound tokenizer's, likewise |
 """
 
 import math
@@ -21,23 +23,27 @@ from cosmos3_jax.weights import Index, Network, Weight, audit, by_path, place_we
 MARK = "cosmos3_jax.json"
 FORMAT = 1
 KINDS = ("float32", "float16", "bfloat16")
+STORES = ("und", "gen", "vae", "unused", "sound_tokenizer")
 
 
 class ConvertedWeights:
-    """The weights in a folder of our own. Raises InputError for another format than this version's."""
+    """The weights in a folder of our own. Raises InputError for a mark that this version does not understand."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        self.about = read_json(folder / MARK)
-        if self.about.get("format") != FORMAT:
+        about = read_json(folder / MARK)
+        self.folder, self.stores, self.dtype = folder, about.get("stores"), about.get("dtype")
+        if about.get("format") != FORMAT:
             raise InputError(
-                f"{folder / MARK}: format {self.about.get('format')!r}, but this version reads {FORMAT}; convert it again"
+                f"{folder / MARK}: format {about.get('format')!r}, but this version reads {FORMAT}; convert it again"
             )
+        if not isinstance(self.stores, list) or not self.stores or not all(store in STORES for store in self.stores):
+            raise InputError(f"{folder / MARK}: stores={self.stores!r} should be some of {', '.join(STORES)}; convert it again")
+        if self.dtype not in (None, *KINDS):
+            raise InputError(f"{folder / MARK}: dtype={self.dtype!r} should be null or one of {', '.join(KINDS)}")
 
     def contents(self, store: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shape and dtype of every array of a store; none if it is not there."""
-        place = within(self.folder, self.folder / "weights" / store)
-        return array_store.contents(place) if place.is_dir() else {}
+        """Shape and dtype of every array of a store; none if the folder does not have it."""
+        return array_store.contents(within(self.folder, self.folder / "weights" / store)) if store in self.stores else {}
 
     def arrays(self, store: str) -> Iterator[tuple[str, np.ndarray]]:
         """The arrays of `beside`, by their names, as they are stored."""
@@ -53,12 +59,15 @@ class ConvertedWeights:
 
     def audit(self, networks: Mapping[str, Network]) -> list[str]:
         """What keeps `networks` ("und", "gen", "vae") from being read, a line each."""
-        lines = []
+        lines = [
+            f"{part}: not in this folder, made with --only; convert all of it" for part in networks if part not in self.stores
+        ]
+        for store in self.stores:
+            self.contents(store)  # that all of them can be read
         for part, network in networks.items():
-            found = self.contents(part)
-            if not found:
-                lines.append(f"{part}: not in this folder, of which --only was asked; convert all of it")
+            if part not in self.stores:
                 continue
+            found = self.contents(part)
             expected = {path: w.shape for path, w in _stored(network).items()}
             shapes = {path: shape for path, (shape, _) in found.items()}
             odd = [f"odd kind: {path} is {dtype}" for path, (_, dtype) in sorted(found.items()) if dtype.name not in KINDS]

@@ -8,8 +8,11 @@ from cosmos3_jax.config import InputError
 
 
 def within(folder: Path, path: Path) -> Path:
-    """`path`, which lies in `folder`. Raises InputError for a link out of it."""
-    root, target = folder.resolve(), path.resolve()
+    """`path`, which lies in `folder`. Raises InputError for a link out of it, or a name that cannot be one."""
+    try:
+        root, target = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a link to itself, no text
+        raise InputError(f"{str(path)!a}: cannot be a file ({error})") from error
     allowed = [root]
     for parent in root.parents:
         if parent.name == "snapshots":  # Hugging Face's cache: its files are links to blobs of the repository, or of all
@@ -21,16 +24,22 @@ def within(folder: Path, path: Path) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises InputError if there is none."""
-    within(path.parent, path)
+    if not within(path.parent, path).is_file():
+        raise InputError(f"{path}: missing; is the checkpoint complete?")
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: missing; is the checkpoint complete?") from error
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON that can be read ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: a JSON object is expected")
     return value
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that comes twice: readers differ in which one they take."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -114,7 +114,7 @@ def _dry_run(arguments: argparse.Namespace) -> None:
     request = open_media(resolve(_request(arguments), transformer, vae, scheduler), vae)
     text_tokens = TEXT_TOKENS
     if checkpoint is not None and (checkpoint.folder / "text_tokenizer").is_dir():
-        tokenizer = load_tokenizer(checkpoint.folder / "text_tokenizer")
+        tokenizer = load_tokenizer(checkpoint.folder / "text_tokenizer", transformer.vocab_size)
         text_tokens = token_ids(request, checkpoint, tokenizer, arguments.cfg)[0].shape[1]
     job = Job(transformer, vae, request, arguments.dtype or "bfloat16", text_tokens)
     tables, answer = dry_run(job, arguments.cfg, arguments.tp)

@@ -14,7 +14,9 @@ def download(repository: str, parts: Sequence[str], *, weights: bool = True) -> 
 
     Nothing else of it is fetched, and what the cache has is not fetched again. Raises InputError if it cannot be had.
     """
-    name, _, revision = repository.partition("@")
+    name, at, revision = repository.partition("@")
+    if at and not revision:
+        raise InputError(f"{repository}: a revision is expected behind the @")
     kinds = (*PLAIN, "*.safetensors") if weights else PLAIN
     wanted = [*ROOT, *(f"{part}/{kind}" for part in parts for kind in kinds)]
     try:
@@ -23,7 +25,7 @@ def download(repository: str, parts: Sequence[str], *, weights: bool = True) -> 
     except ValueError as error:  # an HF_ENDPOINT that is no address
         raise InputError(f"{repository}: huggingface_hub cannot be used ({error})") from error
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision if at else None, allow_patterns=wanted))
     except HFValidationError as error:
         raise InputError(f"{repository}: neither a folder here nor the id of a Hugging Face repository") from error
     except RepositoryNotFoundError as error:
@@ -34,11 +36,11 @@ def download(repository: str, parts: Sequence[str], *, weights: bool = True) -> 
     except RevisionNotFoundError as error:
         raise InputError(f"{repository}: this repository has no revision {revision!r}") from error
     except Exception as error:  # no network, a broken one, an incomplete cache: its HTTP library has many classes for them
-        at = f"--revision {revision} " if revision else ""
+        option = f"--revision {revision} " if at else ""
         raise InputError(
             f"{repository}: neither a folder here nor to be had from Hugging Face ({_first_line(error)}); where there is a "
-            f"network, run `hf download {name} {at}--local-dir DIR`, of which model_index.json, assets, {', '.join(parts)} are "
-            "needed, put DIR on this machine, and give its path"
+            f"network, run `hf download {name} {option}--local-dir DIR` (model_index.json, assets and {', '.join(parts)} are "
+            "needed), put DIR on this machine, and give its path"
         ) from error
 
 

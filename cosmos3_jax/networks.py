@@ -56,8 +56,6 @@ class Residence:
     """
 
     def __init__(self, weights: Weights, abstract: Networks, mesh: Mesh, text_tower: str = "auto"):
-        if text_tower not in TEXT_TOWER:
-            raise InputError(f"text_tower={text_tower!r}: one of {', '.join(TEXT_TOWER)} is expected")
         kinds = {memory.kind for memory in mesh.local_devices[0].addressable_memories()}
         if text_tower == "host" and HOST not in kinds:
             raise InputError(f'text_tower="host": these devices cannot reach memory of the kind {HOST}; use "drop" or "keep"')
@@ -73,7 +71,7 @@ class Residence:
 
     def __str__(self) -> str:
         """What became of `text_tower`, with the reason."""
-        of = "" if self.memory is None else f" of {self.memory / 1e9:.1f}"
+        of = "" if self.memory is None else f" of {self.memory / 1e9:.3g}"
         return f"{self.text_tower} (all weights take {sum(self.sizes.values()) / 1e9:.3g}{of} GB of each device)"
 
     def bring(self, part: str, *, progress: bool = False) -> Network:

@@ -27,7 +27,7 @@ from cosmos3_jax.config import InputError, VAEConfig
 from cosmos3_jax.models.layers import Rotary
 from cosmos3_jax.models.transformer import Prefix
 from cosmos3_jax.models.vae import uint8, unit
-from cosmos3_jax.networks import Residence, abstract_networks
+from cosmos3_jax.networks import TEXT_TOWER, Residence, abstract_networks
 from cosmos3_jax.processes import agree, is_first
 from cosmos3_jax.prompt import load_tokenizer, pad, system_prompt, texts, tokenize
 from cosmos3_jax.request import Request, ResolvedRequest, resolve
@@ -114,7 +114,7 @@ class Cosmos3Pipeline:
         again for the next one); "auto" keeps it unless memory is short (networks.py). Only what is kept is loaded now.
         Raises InputError for a folder, a mesh or tensors that do not fit, before any weight is read.
         """
-        checkpoint = Checkpoint.open(path)
+        checkpoint = Checkpoint.open(path, weights=False)
         mesh = make_mesh() if mesh is None else mesh
         if not isinstance(mesh, Mesh) or mesh.axis_names != ("cfg", "tp") or AxisType.Explicit in mesh.axis_types:
             raise InputError(f"mesh: one that make_mesh(cfg, tp) makes is expected, not {mesh!r}")
@@ -122,8 +122,11 @@ class Cosmos3Pipeline:
             dtype = "bfloat16" if mesh.devices.flat[0].platform == "gpu" else "float32"
         if dtype not in DTYPES:
             raise InputError(f"dtype={dtype!r}: one of {', '.join(DTYPES)} is expected")
+        if text_tower not in TEXT_TOWER:
+            raise InputError(f"text_tower={text_tower!r}: one of {', '.join(TEXT_TOWER)} is expected")
         checkpoint.transformer.check_tensor_parallel(mesh.shape["tp"])
-        tokenizer = load_tokenizer(checkpoint.folder / "text_tokenizer")
+        checkpoint = Checkpoint.open(path)  # the weights are downloaded now that nothing else is wrong
+        tokenizer = load_tokenizer(checkpoint.folder / "text_tokenizer", checkpoint.transformer.vocab_size)
         networks = abstract_networks(checkpoint.transformer, checkpoint.vae, mesh, dtype)
         residence = Residence(checkpoint.audited(networks._asdict()), networks, mesh, text_tower)
         if residence.text_tower == "keep":

@@ -38,21 +38,23 @@ class Metadata:
         return self.num_frames == 1
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer. Raises InputError where it lacks what a prompt needs."""
+def load_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """The checkpoint's tokenizer. Raises InputError where it lacks what a prompt needs, or knows more than the model."""
     if not folder.is_dir():
         raise InputError(f"{folder}: missing; is the checkpoint complete?")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell everyone that there is no PyTorch
     from transformers import AutoTokenizer  # here: it takes seconds, and `--help` or a wrong flag need not wait for it
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises Exception itself
         raise InputError(f"{folder}: no tokenizer can be read there ({error})") from error
     if tokenizer.chat_template is None:
         raise InputError(f"{folder}: the tokenizer has no chat template; chat_template.jinja belongs beside it")
     if tokenizer.eos_token_id is None or "<|vision_start|>" not in tokenizer.get_vocab():
         raise InputError(f"{folder}: the tokenizer lacks an end-of-text token or <|vision_start|>")
+    if (largest := max(tokenizer.get_vocab().values())) >= vocab_size:
+        raise InputError(f"{folder}: makes tokens up to {largest}, but the model has vocab_size={vocab_size}")
     try:
         tokenize(tokenizer, "text", "system")
     except Exception as error:  # whatever a template written by others may do

@@ -125,7 +125,7 @@ class PublishedWeights:
         return self._opened[name]
 
     def audit(self, networks: Mapping[str, Network]) -> list[str]:
-        """What keeps `networks` ("und", "gen", "vae") from being read, a line each."""
+        """What keeps `networks` ("und", "gen", "vae") from being read, a line each. Raises InputError for an older layout."""
         lines = []
         for name in sorted({FOLDER_OF[part] for part in networks}):
             files, unused = self._files(name), unused_tensors(self.config) if name == "transformer" else ()
@@ -134,9 +134,12 @@ class PublishedWeights:
                 if FOLDER_OF[part] == name:
                     expected |= file_shapes(network, names_of(part, network, self.config))
             if old := next((tensor for tensor in files.tensors if name == "transformer" and OLD.search(tensor)), None):
-                lines.append(f"{name}: {old} is a name from before the first release; download the current revision")
-                continue
-            lines += [f"{name}: {line}" for line in files.problems + audit(expected, files.shapes(), unused)]
+                raise InputError(
+                    f"{self.folder}: {old} in {name} is a name from before the first release; download the current revision"
+                )
+            found = files.problems + audit(expected, files.shapes(), unused)
+            found += [f"index: {file} is not listed" for file in files.unlisted if found]
+            lines += [f"{name}: {line}" for line in found]
         return lines
 
     def dtypes(self, part: str, network: Network) -> dict[str, np.dtype]:

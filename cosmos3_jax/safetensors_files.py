@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from cosmos3_jax.config import InputError
-from cosmos3_jax.folder import read_json, within, write_json
+from cosmos3_jax.folder import read_json, unique, within, write_json
 
 STEM = "diffusion_pytorch_model"  # what diffusers calls the weights of every part
 INDEX = f"{STEM}.safetensors.index.json"
@@ -50,13 +50,15 @@ class Tensor:
 class TensorFolder:
     """The tensors of one folder, in one file or in several with an index.
 
-    Raises InputError for files that cannot be read; what they disagree about is in `problems`, a line each.
+    Raises InputError for files that cannot be read; what they disagree about is in `problems`, a line each, and files that the
+    index does not know in `unlisted`.
     """
 
     def __init__(self, folder: Path):
         self.tensors: dict[str, Tensor] = {}
         self.problems: list[str] = []
         listed, total_size = _listing(folder)
+        self.unlisted = sorted({file.name for file in folder.glob("*.safetensors")} - set(listed.values())) if listed else []
         for file in sorted(set(listed.values())) if listed else [f"{STEM}.safetensors"]:
             found = _open(within(folder, folder / file))
             self.problems += [f"twice: {name} is also in {file}" for name in sorted(self.tensors.keys() & found.keys())]
@@ -81,8 +83,8 @@ class TensorFolder:
 
 def _listing(folder: Path) -> tuple[dict[str, str], int | None]:
     """The file of every tensor and the bytes of all, as an index has them; nothing where a single file needs none."""
-    if not (folder / INDEX).exists():
-        if not (folder / f"{STEM}.safetensors").exists():
+    if not _is_there(folder / INDEX):
+        if not _is_there(folder / f"{STEM}.safetensors"):
             raise InputError(_missing(folder))
         return {}, None
     index = read_json(folder / INDEX)
@@ -90,9 +92,13 @@ def _listing(folder: Path) -> tuple[dict[str, str], int | None]:
     if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
         raise InputError(f"{folder / INDEX}: a weight_map from tensors to files is expected")
     for file in sorted(set(listed.values())):
-        if not file.endswith(".safetensors") or "/" in file or "\\" in file or "\0" in file:
-            raise InputError(f"{folder / INDEX}: {file!r} is not the name of a safetensors file of this folder")
+        if not file.endswith(".safetensors") or len(file) > 200 or not file.isprintable() or "/" in file or "\\" in file:
+            raise InputError(f"{folder / INDEX}: {file[:200]!a} is not the name of a safetensors file of this folder")
     return listed, metadata.get("total_size") if isinstance(metadata, dict) else None
+
+
+def _is_there(file: Path) -> bool:
+    return file.exists() or file.is_symlink()  # a link to nothing is a file that is missing, not one that need not be there
 
 
 def _missing(folder: Path) -> str:
@@ -115,7 +121,7 @@ def _open(file: Path) -> dict[str, Tensor]:
             pass
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
+            header = json.loads(opened.read(length), object_pairs_hook=unique)
             mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise InputError(f"{file}: not a safetensors file that can be read ({error})") from error
@@ -147,7 +153,7 @@ def write_tensors(folder: Path, shards: Iterable[Mapping[str, np.ndarray]]) -> N
     total_size = 0
     for tensors in shards:
         file = folder / f"{STEM}-{len(files) + 1:05d}.safetensors"
-        save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+        save_file({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
         files.append((file, list(tensors)))
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     if len(files) == 1:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cosmos3_jax.checkpoint import BUILT_IN
-from cosmos3_jax.config import InputError
+from cosmos3_jax.config import NANO, TINY, InputError
 from cosmos3_jax.prompt import (
     Metadata,
     diffusers_texts,
@@ -41,7 +41,7 @@ def turns(text: str) -> tuple[str | None, str]:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(BUILT_IN / "text_tokenizer")
+    return load_tokenizer(BUILT_IN / "text_tokenizer", TINY.vocab_size)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def published():
     """The tokenizer of Nano and Super, which is too large to be kept here."""
     if "COSMOS3_TOKENIZER" not in os.environ:
         pytest.skip("COSMOS3_TOKENIZER does not name a published folder text_tokenizer")
-    return load_tokenizer(Path(os.environ["COSMOS3_TOKENIZER"]))
+    return load_tokenizer(Path(os.environ["COSMOS3_TOKENIZER"]), NANO.vocab_size)
 
 
 @pytest.mark.parametrize("dots", ["", ".", "..."])
@@ -187,4 +187,4 @@ def test_a_tokenizer_that_cannot_be_used_is_named(damage, message, tmp_path):
     shutil.copytree(BUILT_IN / "text_tokenizer", tmp_path, dirs_exist_ok=True)
     damage(tmp_path)
     with pytest.raises(InputError, match=re.escape(f"{tmp_path}: ") + ".*" + re.escape(message)):
-        load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path, TINY.vocab_size)

@@ -50,4 +50,4 @@ def test_every_weight_matters():
 
 def test_a_new_tokenizer_fits_the_vocabulary(tmp_path):
     random_checkpoint.write_tokenizer(tmp_path)
-    assert len(load_tokenizer(tmp_path)) <= TINY.vocab_size
+    assert len(load_tokenizer(tmp_path, TINY.vocab_size)) <= TINY.vocab_size

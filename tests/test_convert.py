@@ -1,0 +1,641 @@
+"""From one layout to the other and back: the same weights, the same video, and a sentence for whatever is wrong."""
+
+import dataclasses
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from convert import folders as conversion
+from convert.__main__ import main
+from convert.random_checkpoint import write_checkpoint
+from cosmos3_jax import Cosmos3Pipeline, InputError, array_store, make_mesh
+from cosmos3_jax.converted import FORMAT, MARK
+from cosmos3_jax.safetensors_files import in_shards
+from cosmos3_jax.weights import by_path
+
+MESHES = [(1, 1), (2, 4), (1, 8)]
+SMALL = cases.FAMILIES["small"]
+FAMILIES = cases.FAMILIES | {
+    "heads": dataclasses.replace(SMALL, sound_gen=True, sound_dim=8, action_gen=True, action_dim=6),
+    "one layer": dataclasses.replace(SMALL, num_hidden_layers=1),
+}
+FILE = "diffusion_pytorch_model.safetensors"
+SOUND = {
+    "decoder.w": np.ones((4, 3), np.float32),
+    "decoder.step": np.array(3.0, np.float32),
+    "encoder.w": np.ones(5, np.float32),
+}
+REQUEST = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2, "seed": 3, "progress": False}
+NETWORKS = ("und", "gen", "vae")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """`published(family)`: a folder as it is published, with a sound tokenizer where the transformer has heads."""
+
+    @functools.cache
+    def folder(family: str) -> Path:
+        path = write_checkpoint(tmp_path_factory.mktemp("published") / family.replace(" ", "_"), FAMILIES[family], cases.VAE)
+        if family == "heads":
+            with_sound(path, SOUND)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(published, tmp_path_factory):
+    """`converted(family)`: what conversion makes of it, once."""
+
+    @functools.cache
+    def folder(family: str) -> Path:
+        path = tmp_path_factory.mktemp("converted") / family.replace(" ", "_")
+        assert main([str(published(family)), str(path)]) == 0
+        return path
+
+    return folder
+
+
+@pytest.fixture
+def broken(converted, tmp_path):
+    """A converted folder to damage."""
+    return shutil.copytree(converted("small"), tmp_path / "broken")
+
+
+@pytest.fixture
+def run(capsys):
+    """`run(*words)`: exit code, the last line on stdout as JSON (or nothing), and what stderr says in the end."""
+
+    def run_(*words) -> tuple[int, dict, str]:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        lines = out.splitlines()
+        assert "Traceback" not in err
+        return code, json.loads(lines[-1]) if code == 0 else {}, err[err.find("error: ") :] if code else ""
+
+    return run_
+
+
+def with_sound(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
+    (folder / "sound_tokenizer").mkdir(exist_ok=True)
+    save_file(tensors, folder / "sound_tokenizer" / FILE)
+    (folder / "sound_tokenizer" / "config.json").write_text("{}")
+    return folder
+
+
+def weights(folder: Path, cfg: int = 1, tp: int = 1, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Every weight as the pipeline has it on its devices, by network and path."""
+    pipe = Cosmos3Pipeline.from_pretrained(folder, mesh=make_mesh(cfg, tp), dtype=dtype, progress=False)
+    parts = {part: pipe.residence.bring(part) for part in NETWORKS}
+    return {f"{part} {path}": w.get_value() for part, network in parts.items() for path, w in by_path(network.weights).items()}
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a published folder, by part and name, from however many files."""
+    files = sorted(folder.glob("*/*.safetensors"))
+    return {f"{file.parent.name} {name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def assert_equal(found: dict, expected: dict) -> None:
+    """Bit for bit, in dtype and, on devices, placement."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
+        assert getattr(found[name], "sharding", None) == getattr(value, "sharding", None), name
+        np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(value), err_msg=name)
+
+
+def rewrite(store: Path, change) -> None:
+    """Stores the arrays again that `change` makes of them."""
+    arrays = {name: np.array(array) for name, array in array_store.read(store, array_store.contents(store))}
+    shutil.rmtree(store)
+    array_store.write(store, change(arrays).items())
+
+
+def edit_json(path: Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+# The same weights and the same video
+
+
+@pytest.mark.parametrize(("cfg", "tp"), MESHES)
+def test_the_video_is_that_of_the_published_folder(cfg, tp, published, converted):
+    """On every mesh, from one conversion."""
+    mesh = make_mesh(cfg, tp)
+    made = [
+        Cosmos3Pipeline.from_pretrained(folder, mesh=mesh, progress=False)(cases.PROMPT, **REQUEST).video
+        for folder in (published("small"), converted("small"))
+    ]
+    np.testing.assert_array_equal(*made)
+    assert made[0].std() > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("cfg", "tp"), MESHES)
+def test_the_weights_are_those_of_the_published_folder(cfg, tp, family, dtype, published, converted):
+    tp = min(tp, FAMILIES[family].num_key_value_heads)
+    assert_equal(weights(converted(family), cfg, tp, dtype), weights(published(family), cfg, tp, dtype))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_verified_and_back_again(family, published, converted, run, tmp_path):
+    """No tensor is lost on the way, those that nothing reads neither."""
+    code, answer, _ = run(published(family), converted(family), "--verify")
+    assert (code, answer["equal_arrays"]) == (
+        0,
+        sum(1 for file in converted(family).glob("weights/*") for _ in array_store.contents(file)),
+    )
+    assert run(converted(family), "--to-safetensors", tmp_path / "back")[0] == 0
+    assert_equal(tensors(tmp_path / "back"), tensors(published(family)))
+
+
+def test_a_converted_folder_is_converted_likewise(published, converted, run, tmp_path):
+    assert run(converted("heads"), tmp_path / "again", "--verify")[0] == 0
+    assert run(published("heads"), tmp_path / "again", "--verify")[0] == 0
+    assert run(converted("heads"), converted("heads"), "--verify")[0] == 0
+
+
+@pytest.mark.parametrize("layout", ["published", "converted"])
+def test_to_safetensors_in_shards(layout, request, published, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "in_shards", functools.partial(in_shards, limit=200_000))
+    folder = request.getfixturevalue(layout)("heads")
+    assert run(folder, "--to-safetensors", tmp_path / "out")[0] == 0
+    assert len(list((tmp_path / "out" / "transformer").glob("*.safetensors"))) > 3
+    assert_equal(tensors(tmp_path / "out"), tensors(published("heads")))
+    assert_equal(weights(tmp_path / "out"), weights(published("heads")))
+    assert run("--inspect", tmp_path / "out")[1]["faults"] == []
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_stored_kinds_are_kept(stored, run, tmp_path):
+    folder = write_checkpoint(tmp_path / "src", SMALL, cases.VAE, dtype=jnp.dtype(stored))
+    assert run(folder, tmp_path / "dst", "--verify")[0] == 0
+    assert run(tmp_path / "dst", "--to-safetensors", tmp_path / "back")[0] == 0
+    assert_equal(tensors(tmp_path / "back"), tensors(folder))
+    assert_equal(weights(tmp_path / "dst"), weights(folder))
+
+
+def test_layers_of_different_kinds_keep_their_values(published, run, tmp_path):
+    folder = shutil.copytree(published("small"), tmp_path / "src")
+    mixed = {
+        name: tensor.astype(ml_dtypes.bfloat16 if "layers.0." in name else tensor.dtype)
+        for name, tensor in load_file(folder / "transformer" / FILE).items()
+    }
+    save_file(mixed, folder / "transformer" / FILE)
+    assert run(folder, tmp_path / "dst", "--verify")[0] == 0
+    assert_equal(weights(tmp_path / "dst"), weights(folder))
+
+
+def test_bfloat16_but_for_the_timestep_embedding(published, run, tmp_path):
+    dst = tmp_path / "dst"
+    assert run(published("heads"), dst, "--dtype", "bfloat16", "--verify")[0] == 0
+    for part in (*NETWORKS, "unused"):
+        for path, (_, dtype) in array_store.contents(dst / "weights" / part).items():
+            assert dtype == ("float32" if "timestep_embedding" in path else "bfloat16"), path
+    assert {dtype.name for _, dtype in array_store.contents(dst / "weights" / "sound_tokenizer").values()} == {"float32"}
+    assert_equal(weights(dst, dtype="bfloat16"), weights(published("heads"), dtype="bfloat16"))
+    assert sum(file.stat().st_size for file in dst.rglob("weights/vae/**/d/*")) < 0.6 * sum(
+        file.stat().st_size for file in (published("heads") / "vae").glob("*.safetensors")
+    )
+
+
+def test_the_last_layer_of_the_text_tower_is_written_for_one_layer_too(published):
+    """diffusers has no model without them: random_checkpoint should write every tensor that is published."""
+    names = load_file(published("one layer") / "transformer" / FILE)
+    expected = {name.replace("layers.2.", "layers.0.") for name in load_file(published("small") / "transformer" / FILE)}
+    assert names.keys() == {name for name in expected if "layers.1." not in name}
+
+
+# A part of it
+
+PARTS = {"transformer": {"und", "gen", "unused"}, "vae": {"vae"}, "sound_tokenizer": {"sound_tokenizer"}}
+
+
+@pytest.mark.parametrize("only", [["transformer"], ["vae"], ["sound_tokenizer"], ["vae", "transformer"]], ids=",".join)
+def test_a_part_is_written_and_the_rest_missed(only, published, run, tmp_path):
+    dst = tmp_path / "dst"
+    assert run(published("heads"), dst, "--only", ",".join(only), "--verify")[0] == 0
+    stores = set().union(*(PARTS[part] for part in only))
+    assert {path.name for path in (dst / "weights").iterdir()} == set(json.loads((dst / MARK).read_text())["stores"]) == stores
+    missing = [part for part in NETWORKS if part not in stores]
+    if missing:
+        with pytest.raises(
+            InputError, match=rf"^{dst}: {len(missing)} faults? in the tensors(\n  (und|gen|vae): not in this folder.*)+$"
+        ):
+            weights(dst)
+        code, _, said = run("--inspect", dst)
+        assert (code, said.strip()) == (2, f"error: {dst}: {len(missing)} faults")
+        assert run(dst, "--to-safetensors", tmp_path / "back")[0] == 2
+        assert not (tmp_path / "back").exists()
+    else:
+        assert_equal(weights(dst), weights(published("heads")))
+
+
+@pytest.mark.parametrize(
+    ("only", "words"),
+    [
+        ("nonsense", "--only nonsense: parts are transformer, vae, sound_tokenizer"),
+        ("vae,und", "--only und: parts are transformer, vae, sound_tokenizer"),
+        ("sound_tokenizer", "--only sound_tokenizer: there is none in "),
+        ("", "--only"),
+        (",", "--only"),
+    ],
+)
+def test_a_part_that_is_none(only, words, published, run, tmp_path):
+    code, _, said = run(published("small"), tmp_path / "dst", "--only", only)
+    assert code == 2
+    assert said.startswith(f"error: {words}")
+    assert ("parts are" in said) == (only != "sound_tokenizer")  # nothing else tells what to write there
+    assert list(tmp_path.iterdir()) == []
+
+
+# Verified
+
+
+@pytest.mark.parametrize("store", ["und", "gen", "vae", "unused"])
+def test_a_byte_that_changed_is_found_and_named(store, broken, published, run):
+    file = max((broken / "weights" / store / "state").glob("ocdbt*/d/*"), key=lambda file: file.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    code, _, said = run(published("small"), broken, "--verify")
+    assert code == 2
+    assert re.fullmatch(rf"error: {broken}: differs from .*/small in 1 of \d+ arrays\n  {store}: \S+\n", said)
+
+
+def changed(name, change):
+    return lambda arrays: arrays | {name: change(arrays[name])}
+
+
+@pytest.mark.parametrize(
+    ("store", "name", "change"),
+    [
+        ("gen", "b_in", lambda x: np.nextafter(x, 9)),
+        ("vae", "decoder.conv_in.bias", lambda x: -x),
+        ("und", "last.k", lambda x: x.astype(ml_dtypes.bfloat16).astype(x.dtype)),
+        ("gen", "layers.k", lambda x: x.astype(ml_dtypes.bfloat16)),
+        ("unused", "norm.weight", lambda x: x[:-1]),
+        ("unused", "lm_head.weight", lambda x: x + np.float32(np.nan)),
+    ],
+)
+def test_a_value_that_changed_is_found_and_named(store, name, change, broken, published, run):
+    rewrite(broken / "weights" / store, changed(name, change))
+    code, _, said = run(published("small"), broken, "--verify")
+    assert (code, said.splitlines()[1:]) == (2, [f"  {store}: {name}"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda arrays: arrays | {"stray": np.zeros(2, np.float32)}, lambda arrays: {"norm.weight": arrays["norm.weight"]}],
+)
+def test_an_array_more_or_less_is_found_and_named(change, broken, published, run):
+    rewrite(broken / "weights" / "unused", change)
+    code, _, said = run(published("small"), broken, "--verify")
+    assert code == 2
+    assert "unused: stray" in said or "unused: lm_head.weight" in said
+
+
+def test_another_checkpoint_is_not_equal(converted, run, tmp_path):
+    other = write_checkpoint(tmp_path / "other", SMALL, cases.VAE, seed=1)
+    code, _, said = run(other, converted("small"), "--verify")
+    assert code == 2
+    assert re.match(rf"error: {converted('small')}: differs from {other} in (\d+) of \1 arrays", said)
+
+
+@pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--only", "vae"], ["--only", "nonsense"]])
+def test_what_is_there_is_not_said_to_be_what_was_asked_for(options, published, converted, run):
+    """DST is whole and float32: an answer to these questions is no."""
+    code, _, said = run(published("small"), converted("small"), "--verify", *options)
+    assert code == 2
+    assert options[0] in said
+
+
+def test_a_published_folder_is_not_verified(published, run):
+    code, _, said = run(published("small"), published("small"), "--verify")
+    assert (code, said) == (2, f"error: {published('small')}: not a folder that `python -m convert` wrote: no {MARK} there\n")
+
+
+# Where it cannot be written
+
+
+@pytest.mark.parametrize("to", [[], ["--to-safetensors"]], ids=["ours", "published"])
+@pytest.mark.parametrize("place", ["there", "file", "no/folder", "file/below"])
+def test_a_place_that_is_taken_or_nowhere(place, to, published, run, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").touch()
+    code, _, said = run(published("small"), *to, tmp_path / place)
+    assert code == 2
+    assert re.match(
+        rf"error: {tmp_path / place}: (is there already; delete it|there is no folder {(tmp_path / place).parent}$)", said, re.M
+    )
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "there"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["{src}"],
+        ["{src}", "{dst}", "--to-safetensors", "{dst}"],
+        ["{src}", "--inspect", "{src}"],
+        ["{src}", "{dst}", "--dtype", "float16"],
+        ["{src}", "{dst}", "--nonsense"],
+    ],
+    ids=" ".join,
+)
+def test_words_that_make_no_sense(words, published, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([word.format(src=published("small"), dst=tmp_path / "dst") for word in words])
+    assert exit_.value.code == 2
+    assert "error: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk(published, run, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    code, _, said = run(published("small"), tmp_path / "dst")
+    assert code == 2
+    assert re.fullmatch(rf"error: {tmp_path / 'dst'}: needs 0.0 GB, but there are 0.0 GB free\n", said)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Interrupted
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("disk gone"), MemoryError(), ValueError("odd")], ids=repr)
+@pytest.mark.parametrize("to", [[], ["--to-safetensors"]], ids=["ours", "published"])
+def test_an_exception_in_the_middle_leaves_nothing(to, error, published, tmp_path, monkeypatch):
+    read, count = conversion.Source.read, []
+
+    def fail(self, store: str):
+        for pair in read(self, store):
+            count.append(store)
+            if len(count) == 40:
+                raise error
+            yield pair
+
+    words = [str(published("small")), *to, str(tmp_path / "dst")]
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion.Source, "read", fail)
+        if isinstance(error, OSError):
+            assert main(words) == 2
+        else:
+            with pytest.raises(type(error)):
+                main(words)
+    assert list(tmp_path.iterdir()) == []
+    assert main(words) == 0
+
+
+KILLED = """
+import os, signal, sys
+from cosmos3_jax import array_store
+from convert import folders
+from convert.__main__ import main
+
+def kill(self, store, read=folders.Source.read, count=[]):
+    for pair in read(self, store):
+        count.append(store)
+        if store == "vae" and len(count) > 60:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield pair
+
+folders.Source.read = kill
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("to", [[], ["--to-safetensors"]], ids=["ours", "published"])
+def test_a_killed_conversion_leaves_nothing_that_looks_complete(to, published, run, tmp_path):
+    words = [published("small"), *to, tmp_path / "dst"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, words)], capture_output=True, check=False)
+    assert killed.returncode == -9, killed.stderr
+    assert not (tmp_path / "dst").exists()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".")
+    with pytest.raises(InputError):
+        weights(left)
+    assert run(*words)[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["dst"]
+    assert_equal(weights(tmp_path / "dst"), weights(published("small")))
+
+
+# Inspected
+
+
+@pytest.mark.parametrize("layout", ["published", "converted"])
+@pytest.mark.parametrize(
+    ("family", "heads", "sound"), [("small", False, "none"), ("heads", True, "full, 3 tensors"), ("edge", False, "none")]
+)
+def test_what_a_folder_is(family, heads, sound, layout, request, run):
+    folder = request.getfixturevalue(layout)(family)
+    code, about, _ = run("--inspect", folder)
+    assert code == 0
+    assert (about["folder"], about["layout"], about["sampler"]) == (str(folder), layout, "UniPC")
+    assert about["family"] == {"edge": "of Edge's kind"}.get(family, "tiny")
+    assert about["heads"] == {"sound": heads, "action": heads}
+    assert about["sound_tokenizer"] == sound
+    assert about["tensor_parallel"] == FAMILIES[family].tensor_parallel_sizes()
+    assert about["faults"] == about["notes"] == []
+
+
+def test_what_a_distilled_folder_is(run, tmp_path):
+    folder = with_sound(write_checkpoint(tmp_path / "src", SMALL, cases.VAE, distilled=True), {"decoder.w": SOUND["decoder.w"]})
+    assert run(folder, tmp_path / "dst")[0] == 0
+    for path in (folder, tmp_path / "dst"):
+        about = run("--inspect", path)[1]
+        assert about["sampler"] == "distilled, 4 steps at 1, 0.9375, 0.8333, 0.625"
+        assert about["sound_tokenizer"] == "decoder only, 1 tensors"
+
+
+def test_faults_and_notes_are_told_apart(published, run, tmp_path, capsys):
+    folder = shutil.copytree(published("heads"), tmp_path / "src")
+    kept = load_file(folder / "transformer" / FILE)
+    del kept["proj_in.bias"], kept["norm.weight"]
+    save_file(kept | {"stray": np.zeros(2, np.float32)}, folder / "transformer" / FILE)
+    assert main(["--inspect", str(folder)]) == 2
+    out = capsys.readouterr().out
+    assert "faults  \n  transformer: missing: proj_in.bias [64]\n  transformer: unexpected: stray [2]\n" in out
+    assert "notes  \n  transformer: missing: norm.weight [64] (not needed: of the text tower's output" in out
+
+
+def test_inspecting_reads_no_weight(published, converted, run, monkeypatch):
+    from cosmos3_jax.safetensors_files import Tensor
+
+    monkeypatch.setattr(Tensor, "view", lambda self: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(array_store, "read", lambda *_: pytest.fail("an array was read"))
+    for folder in (published("heads"), converted("heads")):
+        assert run("--inspect", folder)[0] == 0
+
+
+@pytest.mark.parametrize("tensor", [np.zeros(0, np.float32), np.ones(3, np.int64)], ids=["no values", "integers"])
+def test_odd_tensors_of_a_sound_tokenizer(tensor, published, run, tmp_path):
+    """Either all of it is kept, or a sentence says why not."""
+    folder = with_sound(shutil.copytree(published("small"), tmp_path / "src"), SOUND | {"decoder.odd": tensor})
+    if run(folder, tmp_path / "dst")[0] == 0:
+        assert run(tmp_path / "dst", "--to-safetensors", tmp_path / "back")[0] == 0
+        assert_equal(tensors(tmp_path / "back"), tensors(folder))
+
+
+# Damaged
+
+
+def remove(pattern: str):
+    def damage(folder: Path) -> None:
+        for path in list(folder.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return damage
+
+
+def cut(pattern: str):
+    return lambda folder: [path.write_bytes(path.read_bytes()[:100]) for path in folder.glob(pattern)]
+
+
+def write(pattern: str, text: str):
+    return lambda folder: [path.write_text(text) for path in folder.glob(pattern)]
+
+
+def store(name: str, change):
+    return lambda folder: rewrite(folder / "weights" / name, change)
+
+
+DAMAGES = {  # what was done, and what the sentence names
+    "no mark": (remove(MARK), "transformer: no diffusion_pytorch_model.safetensors"),
+    "mark no JSON": (write(MARK, "{"), f"{MARK}: not JSON"),
+    "mark a list": (write(MARK, "[]"), f"{MARK}: a JSON object is expected"),
+    "mark bytes": (lambda folder: (folder / MARK).write_bytes(b"\xff"), f"{MARK}: not JSON"),
+    "format next": (
+        lambda folder: edit_json(folder / MARK, format=FORMAT + 1),
+        f"{MARK}: format {FORMAT + 1}, but this version",
+    ),
+    "format none": (lambda folder: edit_json(folder / MARK, format=None), f"{MARK}: format None, but"),
+    "no weights": (remove("weights"), "und: not in this folder"),
+    "no store": (remove("weights/gen"), "gen: not in this folder"),
+    "store a file": (
+        lambda folder: (remove("weights/gen")(folder), (folder / "weights/gen").touch()),
+        "gen: not in this folder",
+    ),
+    "store empty": (remove("weights/gen/*"), "weights/gen: not an Orbax checkpoint"),
+    "no manifest": (remove("weights/gen/state/manifest.ocdbt"), "weights/gen: not an Orbax checkpoint"),
+    "manifest cut": (cut("weights/gen/state/manifest.ocdbt"), "weights/gen: not an Orbax checkpoint"),
+    "no metadata": (remove("weights/gen/state/_METADATA"), "weights/gen: not an Orbax checkpoint"),
+    "metadata no JSON": (write("weights/gen/state/_METADATA", "{"), "weights/gen: not an Orbax checkpoint"),
+    "no data": (remove("weights/gen/state/ocdbt*/d"), "weights/gen: not an Orbax checkpoint"),
+    "data cut": (cut("weights/gen/state/ocdbt*/d/*"), "weights/gen: not an Orbax checkpoint"),
+    "index cut": (cut("weights/gen/state/d/*"), "weights/gen: not an Orbax checkpoint"),
+    "array missing": (store("gen", lambda a: {k: v for k, v in a.items() if k != "b_in"}), "gen: missing: b_in [64]"),
+    "array unknown": (store("gen", lambda a: a | {"stray": np.ones(3, np.float32)}), "gen: unexpected: stray [3]"),
+    "array misshapen": (store("gen", changed("b_in", lambda x: x[:-1])), "gen: misshapen: b_in is [63], expected [64]"),
+    "array of numbers": (store("gen", changed("b_in", lambda x: x.astype(np.int32))), "gen: odd kind: b_in is int32"),
+    "config gone": (remove("transformer/config.json"), "transformer/config.json: missing"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # tensorstore's futures, never awaited
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_gets_a_sentence(damage, broken, published, run, tmp_path):
+    change, words = DAMAGES[damage]
+    change(broken)
+    with pytest.raises(InputError, match=re.escape(words)) as error:
+        weights(broken)
+    assert len(str(error.value)) < 600
+    assert "NoneType" not in str(error.value)
+    for command in ([broken, tmp_path / "dst"], [broken, "--to-safetensors", tmp_path / "dst"]):
+        code, _, said = run(*command)
+        assert (code, words in said) == (2, True)
+        assert not (tmp_path / "dst").exists()
+    assert run(published("small"), broken, "--verify")[0] == 2
+
+
+@pytest.mark.parametrize("linked", ["weights", "weights/gen"])
+def test_weights_that_lie_elsewhere_are_not_followed(linked, broken, converted):
+    remove(linked)(broken)
+    (broken / linked).symlink_to(converted("small") / linked)
+    with pytest.raises(InputError, match="leads out of its folder"):
+        weights(broken)
+
+
+@pytest.mark.parametrize("command", ["--inspect", "--verify", "--to-safetensors"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        remove("weights/unused"),
+        store("unused", lambda arrays: arrays | {"stray": np.zeros(2, np.float32)}),
+        lambda folder: edit_json(folder / MARK, stores=[]),
+        lambda folder: edit_json(folder / MARK, stores=[["und"]]),
+        lambda folder: edit_json(folder / MARK, stores=None),
+        lambda folder: edit_json(folder / MARK, dtype="int3"),
+        lambda folder: (folder / MARK).write_text(json.dumps({"format": FORMAT, "stores": [*NETWORKS, "unused"]})),
+    ],
+    ids=["no unused", "unused stray", "no stores", "nested stores", "null stores", "odd dtype", "no dtype"],
+)
+def test_a_mark_that_does_not_fit_the_folder(damage, command, broken, published, run, tmp_path):
+    """What the mark lists and what is there differ: a sentence, and nothing else is blamed for it."""
+    damage(broken)
+    words = {"--inspect": [command, broken], "--verify": [published("small"), broken, command]}
+    code, _, said = run(*words.get(command, [broken, command, tmp_path / "dst"]))
+    assert code == 2
+    assert "--only" not in said
+
+
+def test_a_folder_that_goes_away_between_prompts(broken):
+    pipe = Cosmos3Pipeline.from_pretrained(broken, text_tower="drop", progress=False)
+    shutil.rmtree(broken / "weights")
+    with pytest.raises(InputError, match=r"weights/und: not an Orbax checkpoint"):
+        pipe(cases.PROMPT, **REQUEST)
+
+
+# In a process of its own
+
+
+def test_the_command_line(published, broken, tmp_path):
+    def command(*words) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "convert", *map(str, words)],
+            cwd=Path(conversion.__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = command(published("small"), tmp_path / "dst")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["out"] == str(tmp_path / "dst")
+    cut("weights/gen/state/d/*")(broken)
+    refused = command(broken, tmp_path / "other")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "error: " in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+# In the reference
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("family", ["small", "wide", "edge"])
+def test_diffusers_reads_what_is_exported(family, published, converted, run, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    import reference
+
+    assert run(converted(family), "--to-safetensors", tmp_path / "back")[0] == 0
+    case = cases.BASE | {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2}
+    original, exported = (reference.run(reference.load(folder), case) for folder in (published(family), tmp_path / "back"))
+    for name, value in original.items():
+        np.testing.assert_array_equal(exported[name], value)
