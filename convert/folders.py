@@ -136,9 +136,9 @@ def verify(
 
     `dtype` and `only` are those of the conversion, or left out. Raises InputError if anything differs.
     """
-    if not (Path(dst) / MARK).is_file():
+    made = Checkpoint.open(dst, sound=True).weights()
+    if not isinstance(made, ConvertedWeights):
         raise InputError(f"{dst}: not a folder that `python -m convert` wrote: no {MARK} there")
-    made = ConvertedWeights(Path(dst))
     parts = [part for part, stores in STORES.items() if set(stores) & set(made.stores)]
     if dtype not in (None, made.dtype) or (only is not None and set(only) != set(parts)):
         raise InputError(f"{dst}: was made of {', '.join(parts)} with dtype={made.dtype}, not with this --only and --dtype")
@@ -152,7 +152,7 @@ def verify(
                 wrong.append(f"{store}: {name if name == found_name else f'{name} against {found_name}'}")
             counts[store] += 1
     if wrong:
-        raise InputError(f"{dst}: differs from {src} in {len(wrong)} of {sum(counts.values())}\n  " + "\n  ".join(wrong))
+        raise InputError(f"{dst}: differs from {src} in {len(wrong)} of {sum(counts.values())} arrays\n  " + "\n  ".join(wrong))
     return counts
 
 

@@ -4,8 +4,9 @@ Arrays are stored whole and uncompressed, whatever they will be divided over, so
 """
 
 import contextlib
+import gc
 import logging
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from orbax.checkpoint import v1 as ocp
 from cosmos3_jax.config import InputError
 
 CHUNK = 1 << 25  # bytes of an array that are read and written as one
+Contents = dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and dtype of every array by its name
+UNWRITABLE = "cannot be written"
 UNREADABLE = "not an Orbax checkpoint that can be read; convert it again"
 BATCH = 1 << 30  # bytes of small arrays that go together
 
@@ -22,18 +25,23 @@ BATCH = 1 << 30  # bytes of small arrays that go together
 def write(folder: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
     """Writes arrays as they come, a large one or a gigabyte of small ones at a time. The folder is there once all are."""
     batch: dict[str, np.ndarray] = {}
-    with _plain_errors(folder, "cannot be written"), _context():
-        for name, array in arrays:
-            batch[name] = array
-            if sum(each.nbytes for each in batch.values()) >= BATCH:
-                ocp.partial.save(folder.absolute(), batch)
-                batch = {}
-        if batch:
-            ocp.partial.save(folder.absolute(), batch)
+    for name, array in arrays:
+        batch[name] = array
+        if sum(each.nbytes for each in batch.values()) >= BATCH:
+            _append(folder, batch)
+            batch = {}
+    if batch:
+        _append(folder, batch)
+    with _plain_errors(folder, UNWRITABLE), _context():
         ocp.partial.finalize(folder.absolute())
 
 
-def contents(folder: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def _append(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    with _plain_errors(folder, UNWRITABLE), _context():
+        ocp.partial.save(folder.absolute(), arrays)
+
+
+def contents(folder: Path) -> Contents:
     """Shape and dtype of every array. Raises InputError for a folder that cannot be read."""
     with _plain_errors(folder, UNREADABLE), _context():
         arrays: Any = ocp.metadata(folder.absolute()).metadata
@@ -42,14 +50,17 @@ def contents(folder: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return {name: (tuple(array.shape), np.dtype(array.dtype)) for name, array in arrays.items()}
 
 
-def read(folder: Path, names: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Arrays as they were stored, a large one or a gigabyte of small ones at a time. Raises InputError likewise."""
-    found, left = contents(folder), list(names)
+def read(folder: Path, contents: Contents, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Arrays as they were stored, a large one or a gigabyte of small ones at a time; `contents` are the folder's.
+
+    Raises InputError likewise.
+    """
+    left = list(names)
     while left:
         batch: dict[str, np.ndarray] = {}
         while left and sum(array.nbytes for array in batch.values()) < BATCH:
             name = left.pop(0)
-            batch[name] = np.empty(*found[name])  # only its shape and dtype are looked at
+            batch[name] = np.empty(*contents[name])  # only its shape and dtype are looked at
         with _plain_errors(folder, UNREADABLE), _context():
             arrays: Any = ocp.load(folder.absolute(), batch)
         yield from arrays.items()
@@ -76,6 +87,7 @@ def _plain_errors(folder: Path, what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
+        gc.collect()  # what its unfinished tasks have to say they say now
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{folder}: {what} ({reason[0][:200]})") from error
     finally:

@@ -43,7 +43,7 @@ class Weights(Protocol):
         """Shapes, by name, of what no network reads: "unused" tensors of the transformer, or the "sound_tokenizer"."""
 
     def arrays(self, store: str) -> Iterator[tuple[str, np.ndarray]]:
-        """The arrays of `beside`, by their names, as they are stored."""
+        """The arrays of `beside`, in the order of their names, as they are stored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Checkpoint:
     def weights(self) -> Weights:
         """Its weights, in whichever layout. Raises InputError for files that cannot be read."""
         if (self.folder / MARK).is_file():
-            return ConvertedWeights(self.folder)
+            return ConvertedWeights(self.folder, self.transformer)
         return PublishedWeights(self.folder, self.transformer)
 
     def audited(self, networks: Mapping[str, Network]) -> Weights:

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 
 from cosmos3_jax import array_store
-from cosmos3_jax.config import InputError
+from cosmos3_jax.config import InputError, TransformerConfig
 from cosmos3_jax.folder import read_json, within
+from cosmos3_jax.published import unused_tensors
 from cosmos3_jax.weights import Index, Network, Weight, audit, by_path, place_weight
 
 MARK = "cosmos3_jax.json"
@@ -29,9 +30,11 @@ STORES = ("und", "gen", "vae", "unused", "sound_tokenizer")
 class ConvertedWeights:
     """The weights in a folder of our own. Raises InputError for a mark that this version does not understand."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, config: TransformerConfig):
         about = read_json(folder / MARK)
-        self.folder, self.stores, self.dtype = folder, about.get("stores"), about.get("dtype")
+        self.folder, self.config, self.dtype = folder, config, about.get("dtype")
+        self.stores: list[str] = about.get("stores", [])
+        self._contents: dict[str, array_store.Contents] = {}
         if about.get("format") != FORMAT:
             raise InputError(
                 f"{folder / MARK}: format {about.get('format')!r}, but this version reads {FORMAT}; convert it again"
@@ -41,13 +44,15 @@ class ConvertedWeights:
         if self.dtype not in (None, *KINDS):
             raise InputError(f"{folder / MARK}: dtype={self.dtype!r} should be null or one of {', '.join(KINDS)}")
 
-    def contents(self, store: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    def contents(self, store: str) -> array_store.Contents:
         """Shape and dtype of every array of a store; none if the folder does not have it."""
-        return array_store.contents(within(self.folder, self.folder / "weights" / store)) if store in self.stores else {}
+        if store in self.stores and store not in self._contents:
+            self._contents[store] = array_store.contents(within(self.folder, self.folder / "weights" / store))
+        return self._contents.get(store, {})
 
     def arrays(self, store: str) -> Iterator[tuple[str, np.ndarray]]:
-        """The arrays of `beside`, by their names, as they are stored."""
-        return array_store.read(self.folder / "weights" / store, self.contents(store))
+        """The arrays of `beside`, in the order of their names, as they are stored."""
+        return array_store.read(self.folder / "weights" / store, self.contents(store), sorted(self.contents(store)))
 
     def beside(self, store: str) -> dict[str, tuple[int, ...]]:
         """Shapes of what is in "unused" or "sound_tokenizer", by name; none if it is not there."""
@@ -59,11 +64,12 @@ class ConvertedWeights:
 
     def audit(self, networks: Mapping[str, Network]) -> list[str]:
         """What keeps `networks` ("und", "gen", "vae") from being read, a line each."""
-        lines = [
-            f"{part}: not in this folder, made with --only; convert all of it" for part in networks if part not in self.stores
-        ]
+        absent = [part for part in networks if part not in self.stores]
+        lines = [f"{part}: not in this folder, which was made with --only; convert all of it" for part in absent]
         for store in self.stores:
             self.contents(store)  # that all of them can be read
+        strange = self.contents("unused").keys() - unused_tensors(self.config).keys()
+        lines += [f"unused: unexpected: {name}" for name in sorted(strange)]
         for part, network in networks.items():
             if part not in self.stores:
                 continue
@@ -82,7 +88,7 @@ class ConvertedWeights:
         weights, stored = by_path(network.weights), _stored(network)
         for path in weights.keys() - stored.keys():
             yield path, place_weight(weights[path], lambda buffer, index: None)
-        for path, array in array_store.read(self.folder / "weights" / part, stored):
+        for path, array in array_store.read(self.folder / "weights" / part, self.contents(part), stored):
 
             def fill(buffer: np.ndarray, index: Index, array: np.ndarray = array) -> None:
                 np.copyto(buffer, array[index], casting="unsafe")

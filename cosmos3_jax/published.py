@@ -164,9 +164,9 @@ class PublishedWeights:
         return files.shapes()
 
     def arrays(self, store: str) -> Iterator[tuple[str, np.ndarray]]:
-        """The tensors of `beside`, by their names, as they are stored."""
+        """The tensors of `beside`, in the order of their names, as they are stored."""
         files = self._files("transformer" if store == "unused" else store)
-        for name in self.beside(store):
+        for name in sorted(self.beside(store)):
             yield name, files.tensors[name].view()
             files.tensors[name].release()
 
