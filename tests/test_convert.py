@@ -144,8 +144,7 @@ def test_the_video_is_that_of_the_published_folder(cfg, tp, published, converted
     assert made[0].std() > 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dtype"), [*((family, "float32") for family in FAMILIES), ("heads", "bfloat16")])
 @pytest.mark.parametrize(("cfg", "tp"), MESHES)
 def test_the_weights_are_those_of_the_published_folder(cfg, tp, family, dtype, published, converted):
     tp = min(tp, FAMILIES[family].num_key_value_heads)

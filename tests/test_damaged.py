@@ -46,7 +46,7 @@ JSON = (MODEL, TRANSFORMER, VAE_CONFIG, SCHEDULER, INDEX)
 Damage = Callable[[Path], object]  # what it does to a folder, beside which there is the folder "outside"
 Case = tuple[Damage, str]  # and a pattern that the sentence has
 
-FAULTS = "faults in the tensors"
+FAULTS = "faults? in the tensors"
 UNREADABLE = "not a safetensors file that can be read"
 
 
@@ -240,9 +240,10 @@ def linked_template(folder: Path) -> None:
 
 
 def large_vocabulary(folder: Path) -> None:
-    """A token that the model has no row for."""
+    """Tokens that the model has no row for."""
     tokenizer = json.loads((folder / TOKENIZER).read_text())
-    tokenizer["added_tokens"] += [tokenizer["added_tokens"][0] | {"id": 100_000, "content": "<|far|>"}]
+    first = tokenizer["added_tokens"][0]
+    tokenizer["added_tokens"] += [first | {"id": 1000 + i, "content": f"<|{i}|>"} for i in range(100)]
     write(TOKENIZER, json.dumps(tokenizer))(folder)
 
 

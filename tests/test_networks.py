@@ -277,7 +277,7 @@ def test_host_needs_memory_that_the_devices_reach(opened, monkeypatch):
     [
         ("auto", None, "keep (all weights take 0.00817 GB of each device)"),
         ("drop", None, "drop (all weights take 0.00817 GB of each device)"),
-        ("auto", 80e9, "keep (all weights take 0.00817 of 80.0 GB of each device)"),
+        ("auto", 80e9, "keep (all weights take 0.00817 of 80 GB of each device)"),
     ],
 )
 def test_the_reason_in_words(text_tower, memory, words, monkeypatch):
