@@ -19,7 +19,7 @@ from cosmos3_jax import array_store
 from cosmos3_jax.config import InputError, TransformerConfig
 from cosmos3_jax.folder import read_json, within
 from cosmos3_jax.published import unused_tensors
-from cosmos3_jax.weights import Index, Network, Weight, audit, by_path, place_weight
+from cosmos3_jax.weights import Index, Network, Weight, audit, by_path, copy, place_weight
 
 MARK = "cosmos3_jax.json"
 FORMAT = 1
@@ -91,7 +91,7 @@ class ConvertedWeights:
         for path, array in array_store.read(self.folder / "weights" / part, self.contents(part), stored):
 
             def fill(buffer: np.ndarray, index: Index, array: np.ndarray = array) -> None:
-                np.copyto(buffer, array[index], casting="unsafe")
+                copy(buffer, array[index])
                 on_bytes(buffer.nbytes)
 
             yield path, place_weight(weights[path], fill)

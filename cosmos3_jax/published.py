@@ -18,7 +18,7 @@ import numpy as np
 
 from cosmos3_jax.config import InputError, TransformerConfig
 from cosmos3_jax.safetensors_files import DTYPES, Tensor, TensorFolder
-from cosmos3_jax.weights import Index, Network, Weight, audit, by_path, is_stacked, place_weight
+from cosmos3_jax.weights import Index, Network, Weight, audit, by_path, copy, is_stacked, place_weight
 
 FOLDER_OF = {"und": "transformer", "gen": "transformer", "vae": "vae"}  # network -> where its tensors are
 OLD = re.compile(r"^(transformer|model|language_model)\.|vae2llm|llm2vae|action2llm|llm2action|sound2llm|llm2sound")
@@ -201,7 +201,7 @@ def _blocks(buffer: np.ndarray, index: Index, w: Weight, sources: list[Tensor]) 
 
 def _copy(block: tuple[np.ndarray, np.ndarray, Tensor]) -> int:
     target, view, source = block
-    np.copyto(target, view, casting="unsafe")
+    copy(target, view)
     source.release()
     return target.nbytes
 

@@ -160,6 +160,14 @@ def _buffer(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
+def copy(target: np.ndarray, source: np.ndarray) -> None:
+    """Writes `source` into `target`, cast to its dtype."""
+    if target.dtype == source.dtype:  # as integers: numpy moves those as they are, and bfloat16 one by one
+        kind = f"u{target.itemsize}"
+        target, source = target.view(kind), source.view(kind)
+    np.copyto(target, source, casting="unsafe")
+
+
 def audit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], unused: Collection[str]) -> list[str]:
     """Every missing, unexpected and misshapen tensor, a line each; none if all is well.
 
