@@ -1,4 +1,4 @@
-"""The command line: `python -m convert SRC DST`, a published folder in, a folder that starts faster out.
+"""The command line: `python -m convert SRC DST`, a published folder in, one in our own layout out.
 
     python -m convert SRC DST [--dtype D] [--only transformer,vae] [--verify]
     python -m convert SRC --to-safetensors DST [--dtype D]

@@ -1,4 +1,4 @@
-"""From one layout to the other: published safetensors, and our own folder that starts faster (cosmos3_jax/converted.py).
+"""From one layout to the other: published safetensors, and our own (cosmos3_jax/converted.py).
 
 Weights pass through host memory one at a time. A folder is written beside its place, under a hidden name, and put there when
 it is whole.

@@ -24,7 +24,7 @@ from cosmos3_jax.weights import Network, nbytes_on_device, split
 HOST = "pinned_host"  # memory of the host that GPUs read by themselves
 TEXT_TOWER = ("auto", "keep", "host", "drop")
 # The share of a device's memory that weights may take while a network runs. The prefill needs little beside them; what the
-# others need grows with the video: at 720p a third of 48 GB beside Nano's weights, and of 80 GB beside half of Super's.
+# others need grows with the video: by the dry run 16 GB at 720p for Nano on one GPU, beside 30.5 GB of weights.
 ROOM = {"und": 0.9, "gen": 2 / 3, "vae": 2 / 3}
 
 
