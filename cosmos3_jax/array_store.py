@@ -4,7 +4,6 @@ Arrays are stored whole and uncompressed, whatever they will be divided over, so
 """
 
 import contextlib
-import gc
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -87,7 +86,7 @@ def _plain_errors(folder: Path, what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        gc.collect()  # what its unfinished tasks have to say they say now
+        levels = [logging.CRITICAL] * len(loggers)  # its unfinished tasks may still have something to say
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{folder}: {what} ({reason[0][:200]})") from error
     finally:

@@ -232,7 +232,7 @@ def without_a_tensor(folder: Path) -> list[str]:
     ("flags", "message"),
     [
         (lambda folder: ["--tp", "3"], r"tp=3 does not divide 8 query heads; use tp in \{1, 2, 4, 8\}"),
-        (without_a_tensor, r".*: 1 faults in the tensors\n  vae: missing: decoder.conv_in.bias \[48\]"),
+        (without_a_tensor, r".*: 1 fault in the tensors\n  vae: missing: decoder.conv_in.bias \[48\]"),
     ],
     ids=["heads", "damaged checkpoint"],
 )
