@@ -611,7 +611,7 @@ def test_the_command_line(published, broken, tmp_path):
     done = command(published("small"), tmp_path / "dst")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["out"] == str(tmp_path / "dst")
-    cut("weights/gen/state/d/*")(broken)
+    edit_json(broken / MARK, format=FORMAT + 1)
     refused = command(broken, tmp_path / "other")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "error: " in refused.stderr
