@@ -22,7 +22,7 @@ from cosmos3_jax import __version__, array_store
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.checkpoint import Checkpoint, Weights
 from cosmos3_jax.config import InputError
-from cosmos3_jax.converted import FORMAT, MARK, ConvertedWeights
+from cosmos3_jax.converted import FORMAT, MARK, STORE_OF, ConvertedWeights
 from cosmos3_jax.folder import read_json, within, write_json
 from cosmos3_jax.networks import abstract_networks
 from cosmos3_jax.published import disarrange, names_of
@@ -53,9 +53,10 @@ class Source:
             raise InputError(f"--only {','.join(only)}: parts are {', '.join(STORES)}")
         wanted = [store for part in (STORES if only is None else only) for store in STORES[part]]
         device = jax.devices("cpu")[:1]
-        every = abstract_networks(checkpoint.transformer, checkpoint.vae, make_mesh(devices=device), "float32")._asdict()
-        networks = {part: network for part, network in every.items() if part in wanted}
-        weights = checkpoint.audited(networks)
+        mesh = make_mesh(devices=device)
+        every = abstract_networks(checkpoint.transformer, checkpoint.vae, mesh, "float32", checkpoint.sound).by_name()
+        weights = checkpoint.audited({part: network for part, network in every.items() if STORE_OF[part] in wanted})
+        networks = {part: network for part, network in every.items() if part in wanted}  # the sound tokenizer goes as it is
         beside = [store for store in ("unused", "sound_tokenizer") if store in wanted and weights.beside(store)]
         if only is not None and "sound_tokenizer" in wanted and "sound_tokenizer" not in beside:
             raise InputError(f"--only sound_tokenizer: there is none in {checkpoint.folder}")
@@ -183,7 +184,7 @@ def _whole(dst: Path, source: Source) -> Iterator[Path]:
     shutil.rmtree(incomplete, ignore_errors=True)  # of a run that was killed
     try:
         incomplete.mkdir()
-        _copy_plain(source.checkpoint.folder, incomplete)
+        _copy_plain(source, incomplete)
         yield incomplete
         incomplete.rename(dst)
     except OSError as error:
@@ -192,11 +193,13 @@ def _whole(dst: Path, source: Source) -> Iterator[Path]:
         shutil.rmtree(incomplete, ignore_errors=True)
 
 
-def _copy_plain(src: Path, dst: Path) -> None:
+def _copy_plain(source: Source, dst: Path) -> None:
+    src = source.checkpoint.folder
+    without = {"vision_encoder", *({"sound_tokenizer"} - set(source.stores))}
     files = [file for pattern in PLAIN for file in src.glob(pattern)]
     files += [file for name in PLAIN_FOLDERS for file in (src / name).rglob("*")]
     for file in files:
-        if file.is_file() and file.parent.name != "vision_encoder":
+        if file.is_file() and file.parent.name not in without:
             target = dst / file.relative_to(src)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(within(src, file), target)

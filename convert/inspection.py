@@ -22,7 +22,7 @@ def inspect(path: str | Path) -> tuple[str, dict[str, Any]]:
     checkpoint = Checkpoint.open(path, sound=True)
     config, weights = checkpoint.transformer, checkpoint.weights()
     mesh = make_mesh(devices=jax.devices("cpu")[:1])
-    networks = abstract_networks(config, checkpoint.vae, mesh, "bfloat16")._asdict()
+    networks = abstract_networks(config, checkpoint.vae, mesh, "bfloat16", checkpoint.sound).by_name()
     about: dict[str, Any] = {
         "folder": str(checkpoint.folder),
         "layout": "converted" if isinstance(weights, ConvertedWeights) else "published",

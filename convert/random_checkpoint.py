@@ -16,7 +16,7 @@ import numpy as np
 
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.checkpoint import BUILT_IN
-from cosmos3_jax.config import TINY, TINY_VAE, TransformerConfig, VAEConfig
+from cosmos3_jax.config import TINY, TINY_SOUND, TINY_VAE, SoundConfig, TransformerConfig, VAEConfig
 from cosmos3_jax.folder import write_json
 from cosmos3_jax.networks import abstract_networks
 from cosmos3_jax.published import file_shapes, names_of, unused_tensors
@@ -63,6 +63,7 @@ def write_checkpoint(
     folder: Path,
     transformer: TransformerConfig = TINY,
     vae: VAEConfig = TINY_VAE,
+    sound: SoundConfig = TINY_SOUND,
     *,
     seed: int = 0,
     dtype: Any = np.float32,
@@ -71,16 +72,19 @@ def write_checkpoint(
 ) -> Path:
     """Fills `folder` with configs, the built-in tokenizer and random weights, the transformer's in `shards` files.
 
-    `distilled` makes it one of the four-step checkpoints.
+    There is a sound tokenizer (its decoder) if the transformer has sound heads. `distilled` makes it a four-step checkpoint.
     """
     random = np.random.RandomState(seed)
     tensors = _random(transformer_shapes(transformer), random, dtype)
     write_tensors(folder / "transformer", [dict(list(tensors.items())[i::shards]) for i in range(shards)])
     write_tensors(folder / "vae", [_random(vae_shapes(vae), random, dtype)])
+    if transformer.sound_gen:
+        write_tensors(folder / "sound_tokenizer", [_random(sound_shapes(sound), random, dtype)])
+        write_json(folder / "sound_tokenizer" / "config.json", sound_json(sound))
     if folder.resolve() != BUILT_IN:
         shutil.copytree(BUILT_IN / "text_tokenizer", folder / "text_tokenizer", dirs_exist_ok=True)
     scheduler = DISTILLED_SCHEDULER if distilled else SCHEDULER
-    write_json(folder / "model_index.json", model_index(str(scheduler["_class_name"])))
+    write_json(folder / "model_index.json", model_index(str(scheduler["_class_name"]), sound=transformer.sound_gen))
     write_json(folder / "transformer" / "config.json", transformer_json(transformer))
     write_json(folder / "vae" / "config.json", vae_json(vae))
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
@@ -97,8 +101,6 @@ def transformer_shapes(config: TransformerConfig) -> Shapes:
     shapes |= file_shapes(networks.gen, names_of("gen", networks.gen, config))
     D, V = config.hidden_size, config.vocab_size
     elsewhere = {"lm_head.weight": (V, D), "norm.weight": (D,)}
-    if config.sound_gen:
-        elsewhere |= _head_shapes("audio", D, config.sound_dim or 0)
     if config.action_gen:
         elsewhere |= _action_shapes(D, config.action_dim or 0, config.num_embodiment_domains)
     first = _first_text_layer(config)
@@ -114,16 +116,6 @@ def _first_text_layer(config: TransformerConfig) -> Shapes:
     two = dataclasses.replace(config, num_hidden_layers=2)
     und = abstract_networks(two, TINY_VAE, make_mesh(), "float32").und
     return file_shapes(und, names_of("und", und, two))
-
-
-def _head_shapes(kind: str, D: int, size: int) -> Shapes:
-    return {
-        f"{kind}_proj_in.weight": (D, size),
-        f"{kind}_proj_in.bias": (D,),
-        f"{kind}_proj_out.weight": (size, D),
-        f"{kind}_proj_out.bias": (size,),
-        f"{kind}_modality_embed": (D,),
-    }
 
 
 def _action_shapes(D: int, size: int, domains: int) -> Shapes:
@@ -142,11 +134,19 @@ def vae_shapes(config: VAEConfig) -> Shapes:
     return file_shapes(vae, names_of("vae", vae, TINY))
 
 
+def sound_shapes(config: SoundConfig) -> Shapes:
+    """Every published tensor of a sound tokenizer that is a decoder only."""
+    sound = abstract_networks(TINY, TINY_VAE, make_mesh(), "float32", config).by_name()["sound"]
+    return file_shapes(sound, names_of("sound", sound, TINY))
+
+
 def _random(shapes: Shapes, random: np.random.RandomState, dtype: Any) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for name, shape in sorted(shapes.items()):
         noise = random.standard_normal(shape)
-        if len(shape) == 1 or name.endswith("gamma"):
+        if name.endswith("weight_g"):
+            value = _magnitude(name, shapes) * (1 + 0.1 * noise)
+        elif len(shape) == 1 or name.endswith(("gamma", "alpha", "beta")):
             value = ("norm" in name and not name.endswith("bias")) + 0.1 * noise
         else:
             value = noise / np.prod(shape[1:]) ** 0.5
@@ -154,9 +154,18 @@ def _random(shapes: Shapes, random: np.random.RandomState, dtype: Any) -> dict[s
     return tensors
 
 
-def model_index(scheduler: str = str(SCHEDULER["_class_name"])) -> dict[str, object]:
+def _magnitude(name: str, shapes: Shapes) -> float:
+    """The length of a convolution's weights for which the sound is loud, follows its latents, and is seldom clipped."""
+    if "conv_t1" not in name:
+        return 0.1 if name == "decoder.conv2.weight_g" else 0.5
+    inputs, outputs, kernel = shapes[name[:-1] + "v"]
+    return (outputs * kernel / (2 * inputs)) ** 0.5  # of a transposed one, as loud as what comes in
+
+
+def model_index(scheduler: str = str(SCHEDULER["_class_name"]), *, sound: bool = True) -> dict[str, object]:
     """model_index.json, as the published ones have it."""
-    return {"_class_name": "Cosmos3OmniPipeline", "default_use_system_prompt": True} | _components(scheduler)
+    tokenizer = {"sound_tokenizer": ["diffusers", "Cosmos3AVAEAudioTokenizer"]} if sound else {}
+    return {"_class_name": "Cosmos3OmniPipeline", "default_use_system_prompt": True} | _components(scheduler) | tokenizer
 
 
 def modular_model_index() -> dict[str, object]:
@@ -193,6 +202,12 @@ def transformer_json(config: TransformerConfig) -> dict[str, object]:
 def vae_json(config: VAEConfig) -> dict[str, object]:
     """vae/config.json."""
     return {"_class_name": "AutoencoderKLWan", "is_residual": True, "attn_scales": []} | dataclasses.asdict(config)
+
+
+def sound_json(config: SoundConfig) -> dict[str, object]:
+    """sound_tokenizer/config.json."""
+    derived = {"_class_name": "Cosmos3AVAEAudioTokenizer", "model_type": "autoencoder_v2", "encoder_enabled": False}
+    return derived | dataclasses.asdict(config) | {"enc_latent_dim": 2 * config.vocoder_input_dim}
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cosmos3_jax import hub
-from cosmos3_jax.config import InputError, SchedulerConfig, TransformerConfig, VAEConfig
+from cosmos3_jax.config import InputError, SchedulerConfig, SoundConfig, TransformerConfig, VAEConfig
 from cosmos3_jax.converted import MARK, ConvertedWeights
 from cosmos3_jax.folder import read_json, within
 from cosmos3_jax.processes import is_first
@@ -24,14 +24,14 @@ from cosmos3_jax.weights import Network, map_weights, nbytes
 BUILT_IN = Path(__file__).parent / "tiny"
 FOLDERS = ("transformer", "vae", "scheduler", "text_tokenizer")
 PIPELINES = ("Cosmos3OmniPipeline", "Cosmos3OmniDiffusersPipeline")  # the second is the name in the first releases
-NAMES = {"und": "text tower", "gen": "generating tower", "vae": "VAE"}
+NAMES = {"und": "text tower", "gen": "generating tower", "vae": "VAE", "sound": "sound decoder"}
 
 
 class Weights(Protocol):
     """The weights of a folder in either layout."""
 
     def audit(self, networks: Mapping[str, Network]) -> list[str]:
-        """What keeps `networks` ("und", "gen", "vae") from being read, a line each."""
+        """What keeps `networks` ("und", "gen", "vae", "sound") from being read, a line each."""
 
     def read(self, part: str, network: Network, on_bytes: Callable[[int], object]) -> Iterator[tuple[str, jax.Array]]:
         """Each weight of an abstract network, cast and placed on its devices, one after the other, by its path."""
@@ -56,13 +56,14 @@ class Checkpoint:
     scheduler: SchedulerConfig
     use_system_prompt: bool  # in the prompt style "diffusers"
     negative_prompt: str  # of a video, in the prompt style "native"
+    sound: SoundConfig | None = None  # None: there is no sound tokenizer, or it was not asked for
 
     @classmethod
     def open(cls, path: str | Path, *, weights: bool = True, sound: bool = False) -> Self:
         """Reads the JSON of a folder, or of a Hugging Face repository ("nvidia/Cosmos3-Nano@main"), downloaded first.
 
-        Without `weights`, everything else is downloaded; with `sound`, the sound tokenizer too. Raises InputError for a folder
-        that is no such checkpoint.
+        Without `weights`, everything else is downloaded; with `sound`, the sound tokenizer too, if there is one. Raises
+        InputError for a folder that is no such checkpoint.
         """
         folder = locate(path, weights=weights, sound=sound)
         for name in (*FOLDERS, "sound_tokenizer", "assets"):
@@ -80,6 +81,14 @@ class Checkpoint:
                 f"{folder}: the transformer's latent_channel={transformer.latent_channel} is not the VAE's z_dim={vae.z_dim}"
             )
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        tokenizer = None
+        if sound and (folder / "sound_tokenizer").is_dir():
+            tokenizer = SoundConfig.from_json(read_json(folder / "sound_tokenizer" / "config.json"))
+            if transformer.sound_gen and transformer.sound_dim != tokenizer.vocoder_input_dim:
+                raise InputError(
+                    f"{folder}: the transformer's sound_dim={transformer.sound_dim} is not the sound tokenizer's "
+                    f"vocoder_input_dim={tokenizer.vocoder_input_dim}"
+                )
         return cls(
             folder,
             transformer,
@@ -87,7 +96,13 @@ class Checkpoint:
             SchedulerConfig.from_json(scheduler, read_json(modular) if modular.is_file() else {}),
             use_system_prompt=bool(index.get("default_use_system_prompt", True)),
             negative_prompt=json.dumps(read_json(negative)) if negative.is_file() else "",
+            sound=tokenizer,
         )
+
+    @property
+    def configs(self) -> tuple[TransformerConfig, VAEConfig, SchedulerConfig, SoundConfig | None]:
+        """What a request is resolved for."""
+        return self.transformer, self.vae, self.scheduler, self.sound
 
     def weights(self) -> Weights:
         """Its weights, in whichever layout. Raises InputError for files that cannot be read."""
@@ -96,7 +111,7 @@ class Checkpoint:
         return PublishedWeights(self.folder, self.transformer)
 
     def audited(self, networks: Mapping[str, Network]) -> Weights:
-        """Its weights, of which every tensor was found to fit these abstract networks ("und", "gen", "vae").
+        """Its weights, of which every tensor was found to fit these abstract networks ("und", "gen", "vae", "sound").
 
         Raises InputError with every tensor that is missing, unexpected, misshapen or not of floats; nothing was read by then.
         """
@@ -122,7 +137,7 @@ def locate(path: str | Path, *, weights: bool = True, sound: bool = False) -> Pa
 
 
 def load(weights: Weights, part: str, network: Network, *, progress: bool = False) -> Network:
-    """An abstract network ("und", "gen" or "vae") filled, with a bar of the bytes if there is `progress` to show."""
+    """An abstract network ("und", "gen", "vae" or "sound") filled, with a bar of the bytes if there is `progress` to show."""
     total, visible = nbytes(network), progress and is_first()
     with tqdm(total=total, desc=f"load {NAMES[part]}", unit="B", unit_scale=True, disable=not visible) as bar:
         arrays: dict[str, Any] = dict(weights.read(part, network, bar.update))

@@ -5,10 +5,15 @@ nothing here is ignored, and a value that this project does not implement is ref
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
-MOST = {"num_hidden_layers": 1000, "num_res_blocks": 100}  # of what a hostile file could have us loop over
+MOST = {
+    "num_hidden_layers": 1000,
+    "num_res_blocks": 100,
+    "sampling_rate": 1e6,
+}  # of what a hostile file could have us loop over
 LEAST = {"unified_3d_mrope_temporal_modality_margin": 0}
 
 
@@ -106,6 +111,8 @@ class TransformerConfig:
                 f"transformer/config.json: num_key_value_heads={config.num_key_value_heads} does not divide "
                 f"num_attention_heads={config.num_attention_heads}"
             )
+        if config.sound_gen and config.sound_dim is None:
+            raise InputError("transformer/config.json: sound_gen=True, but there is no sound_dim")
         slots = config.rope_axes_dim
         if len(slots) != 3 or min(slots) < 0 or 2 * sum(slots) != config.head_dim:
             raise InputError(
@@ -131,6 +138,7 @@ class TransformerConfig:
             "H": self.head_dim,
             "V": self.vocab_size,
             "C": self.latent_channel * self.latent_patch_size**2,
+            "A": self.sound_dim or 0,
             "E": 256,  # fixed by the architecture: diffusers transformer_cosmos3.py, `time_proj`
         }
 
@@ -215,6 +223,60 @@ class VAEConfig:
         """(t, h, w) of the latents of a clip: the first frame stands alone, then four frames a latent."""
         time, space = self.scale_factor_temporal, self.scale_factor_spatial
         return (num_frames - 1) // time + 1, height // space, width // space
+
+
+@dataclasses.dataclass(frozen=True)
+class SoundConfig:
+    """`sound_tokenizer/config.json`, as far as its decoder goes; the defaults are the published ones, of Nano and Super."""
+
+    sampling_rate: int = 48000
+    vocoder_input_dim: int = 64  # channels of a sound latent
+    dec_dim: int = 320
+    dec_c_mults: tuple[int, ...] = (1, 2, 4, 8, 16)
+    dec_strides: tuple[int, ...] = (2, 4, 5, 6, 8)  # of the output first
+    dec_out_channels: int = 2
+    hop_size: int | None = None  # samples of a sound latent; None: what the strides make
+
+    @classmethod
+    def from_json(cls, json: Mapping[str, Any]) -> Self:
+        """Reads `sound_tokenizer/config.json`. Raises InputError for a decoder of another kind than Cosmos3's."""
+        file = "sound_tokenizer/config.json"
+        _require(
+            file,
+            json,
+            model_type="autoencoder_v2",
+            dec_type="oobleck",
+            dec_use_snake=True,
+            dec_final_tanh=False,
+            dec_anti_aliasing=False,
+            dec_use_nearest_upsample=False,
+            dec_use_tanh_at_final=False,
+            activation="snakebeta",
+            snake_logscale=True,
+            anti_aliasing=False,
+            latent_mean=None,
+            latent_std=None,
+            quantization_config=None,
+        )
+        config = cls(**_fields(cls, file, json))
+        if config.hop_size is not None and type(config.hop_size) is not int:
+            raise InputError(f"{file}: hop_size={_short(config.hop_size)} is not a whole number")
+        whole = (*config.dec_c_mults, *config.dec_strides)
+        if not whole or min(whole) < 1 or len(config.dec_c_mults) != len(config.dec_strides):
+            raise InputError(
+                f"{file}: dec_c_mults={_short(config.dec_c_mults)} should be whole numbers above 0, as many as "
+                f"dec_strides={_short(config.dec_strides)}"
+            )
+        return config
+
+    @property
+    def samples_per_latent(self) -> int:
+        """The samples that a sound latent stands for."""
+        return self.hop_size or math.prod(self.dec_strides)
+
+    def latent_frames(self, num_frames: int, fps: float) -> int:
+        """How many sound latents cover a video. Source: diffusers 0.42.1, `prepare_latents` of the pipeline."""
+        return -(-int(num_frames / fps * self.sampling_rate) // self.samples_per_latent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,8 +377,12 @@ TINY = TransformerConfig(
     vocab_size=512,
     rope_axes_dim=(4, 2, 2),
     latent_channel=16,
+    sound_gen=True,
+    sound_dim=8,
 )
 UNIPC = SchedulerConfig()
 PRESETS = {"nano": NANO, "super": SUPER, "edge": EDGE, "tiny": TINY}
 WAN_VAE = VAEConfig()
 TINY_VAE = VAEConfig(base_dim=8, decoder_base_dim=12, z_dim=16, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
+SOUND_TOKENIZER = SoundConfig()
+TINY_SOUND = SoundConfig(vocoder_input_dim=8, dec_dim=4)

@@ -6,10 +6,12 @@
 | weights/und, gen, vae    | a store (array_store.py) for each network: its weights by their path, layers stacked |
 | weights/unused           | tensors of the transformer that nothing reads, by published name, so that nothing is lost |
 | weights/sound_tokenizer  | all of the sound tokenizer's, likewise |
+
+The sound tokenizer's encoder and its weight norms in two parts would be lost otherwise.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -18,13 +20,14 @@ import numpy as np
 from cosmos3_jax import array_store
 from cosmos3_jax.config import InputError, TransformerConfig
 from cosmos3_jax.folder import read_json, within
-from cosmos3_jax.published import unused_tensors
+from cosmos3_jax.published import arrange, file_shapes, names_of, scales, sound_encoder, unused_tensors
 from cosmos3_jax.weights import Index, Network, Weight, audit, by_path, copy, place_weight
 
 MARK = "cosmos3_jax.json"
-FORMAT = 1
+FORMAT = 2
 KINDS = ("float32", "float16", "bfloat16")
 STORES = ("und", "gen", "vae", "unused", "sound_tokenizer")
+STORE_OF = {"und": "und", "gen": "gen", "vae": "vae", "sound": "sound_tokenizer"}  # network -> where its arrays are
 
 
 class ConvertedWeights:
@@ -52,7 +55,7 @@ class ConvertedWeights:
 
     def arrays(self, store: str) -> Iterator[tuple[str, np.ndarray]]:
         """The arrays of `beside`, in the order of their names, as they are stored."""
-        return array_store.read(self.folder / "weights" / store, self.contents(store), sorted(self.contents(store)))
+        return self._arrays(store, sorted(self.contents(store)))
 
     def beside(self, store: str) -> dict[str, tuple[int, ...]]:
         """Shapes of what is in "unused" or "sound_tokenizer", by name; none if it is not there."""
@@ -63,21 +66,23 @@ class ConvertedWeights:
         return {path: dtype for path, (_, dtype) in self.contents(part).items()}
 
     def audit(self, networks: Mapping[str, Network]) -> list[str]:
-        """What keeps `networks` ("und", "gen", "vae") from being read, a line each."""
-        absent = [part for part in networks if part not in self.stores]
+        """What keeps `networks` ("und", "gen", "vae", "sound") from being read, a line each."""
+        absent = [part for part in networks if STORE_OF[part] not in self.stores]
         lines = [f"{part}: not in this folder, which was made with --only; convert all of it" for part in absent]
         for store in self.stores:
             self.contents(store)  # that all of them can be read
         strange = self.contents("unused").keys() - unused_tensors(self.config).keys()
         lines += [f"unused: unexpected: {name}" for name in sorted(strange)]
         for part, network in networks.items():
-            if part not in self.stores:
+            if part in absent:
                 continue
-            found = self.contents(part)
+            found = self.contents(STORE_OF[part])
             expected = {path: w.shape for path, w in _stored(network).items()}
+            if part == "sound":
+                expected = file_shapes(network, names_of(part, network, self.config))
             shapes = {path: shape for path, (shape, _) in found.items()}
             odd = [f"odd kind: {path} is {dtype}" for path, (_, dtype) in sorted(found.items()) if dtype.name not in KINDS]
-            lines += [f"{part}: {line}" for line in audit(expected, shapes, ()) + odd]
+            lines += [f"{STORE_OF[part]}: {line}" for line in audit(expected, shapes, sound_encoder(shapes)) + odd]
         return lines
 
     def read(self, part: str, network: Network, on_bytes: Callable[[int], object]) -> Iterator[tuple[str, jax.Array]]:
@@ -85,16 +90,32 @@ class ConvertedWeights:
 
         Host memory holds one weight at a time. `on_bytes` is told how many more bytes are there.
         """
-        weights, stored = by_path(network.weights), _stored(network)
-        for path in weights.keys() - stored.keys():
+        weights = by_path(network.weights)
+        for path in weights.keys() - _stored(network).keys():
             yield path, place_weight(weights[path], lambda buffer, index: None)
-        for path, array in array_store.read(self.folder / "weights" / part, self.contents(part), stored):
+        for path, array in self._sound(network) if part == "sound" else self._arrays(part, _stored(network)):
 
             def fill(buffer: np.ndarray, index: Index, array: np.ndarray = array) -> None:
                 copy(buffer, array[index])
                 on_bytes(buffer.nbytes)
 
             yield path, place_weight(weights[path], fill)
+
+    def _arrays(self, store: str, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+        return array_store.read(self.folder / "weights" / store, self.contents(store), names)
+
+    def _sound(self, network: Network) -> Iterator[tuple[str, np.ndarray]]:
+        """The sound decoder's weights by their path, from the published tensors."""
+        weights, names = by_path(network.weights), names_of("sound", network, self.config)
+        path_of = {name: path for path, listed in names.items() for name in listed}
+        waiting: dict[str, np.ndarray] = {}
+        for name, array in self._arrays(STORE_OF["sound"], sorted(path_of)):
+            waiting[name] = array
+            path = path_of[name]
+            if all(each in waiting for each in names[path]):
+                v, *g = (waiting.pop(each) for each in names[path])
+                arranged = arrange(v, weights[path])
+                yield path, arranged * scales(v, *g) if g else arranged
 
 
 def _stored(network: Network) -> dict[str, Weight]:

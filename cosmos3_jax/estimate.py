@@ -17,14 +17,15 @@ from jax.sharding import Mesh
 
 from cosmos3_jax import sampler
 from cosmos3_jax.axes import make_mesh, picture_mesh, sharding
-from cosmos3_jax.config import InputError, TransformerConfig, VAEConfig
+from cosmos3_jax.config import InputError, SoundConfig, TransformerConfig, VAEConfig
 from cosmos3_jax.cost import Collective, collectives, flops
 from cosmos3_jax.gpus import GPU
+from cosmos3_jax.latents import Latents
 from cosmos3_jax.models.layers import Rotary
 from cosmos3_jax.models.transformer import Prefix
 from cosmos3_jax.models.vae import uint8
 from cosmos3_jax.networks import Networks, abstract_networks
-from cosmos3_jax.pipeline import decode, encode, frames_needed, prefill, velocity
+from cosmos3_jax.pipeline import decode, decode_sound, encode, frames_needed, prefill, velocity
 from cosmos3_jax.request import ResolvedRequest
 from cosmos3_jax.weights import Network
 
@@ -45,6 +46,7 @@ class Job:
     request: ResolvedRequest
     dtype: str = "bfloat16"
     text_tokens: int = TEXT_TOKENS
+    sound: SoundConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +130,9 @@ def estimate(job: Job, cfg: int, tp: int) -> Estimate:
     """
     mesh = make_mesh(cfg, tp, jax.devices("cpu"))
     job.transformer.check_tensor_parallel(tp)
-    networks = abstract_networks(job.transformer, job.vae, mesh, STAND_IN[job.dtype])
-    stages = *towers(job, networks, mesh), *autoencoder(job, networks, mesh)
+    sound = job.sound if job.request.enable_sound else None
+    networks = abstract_networks(job.transformer, job.vae, mesh, STAND_IN[job.dtype], sound)
+    stages = *towers(job, networks, mesh), *autoencoders(job, networks, mesh)
     return Estimate(cfg, tp, job.dtype, _nbytes(networks), stages)
 
 
@@ -138,7 +141,8 @@ def towers(job: Job, networks: Networks, mesh: Mesh) -> tuple[Stage, Stage]:
     config, request, S = job.transformer, job.request, job.text_tokens
     t, h, w = job.vae.latent_shape(request.num_frames, request.height, request.width)
     B = 2 if request.guided or mesh.shape["cfg"] == 2 else 1
-    G = t * math.ceil(h / config.latent_patch_size) * math.ceil(w / config.latent_patch_size)
+    s = request.sound_frames(job.sound)
+    G = t * math.ceil(h / config.latent_patch_size) * math.ceil(w / config.latent_patch_size) + s
     array = functools.partial(_array, mesh)
     length_B, half = array(B, dtype=jnp.int32), config.head_dim // 2
     with jax.set_mesh(mesh):
@@ -147,15 +151,15 @@ def towers(job: Job, networks: Networks, mesh: Mesh) -> tuple[Stage, Stage]:
         shape = config.num_hidden_layers, B, S, config.num_key_value_heads, config.head_dim
         keys = array(*shape, dtype=STAND_IN[job.dtype], dims="LBSKH")
         inputs = networks.gen, Rotary(array(B, G, half), array(B, G, half)), Prefix(keys, keys, length_B)
-        latents = array(t, h, w, job.vae.z_dim)
-        state, given = sampler.State(*[latents] * 4), sampler.Given(latents, array(t, dtype=bool))
+        latents = Latents(array(t, h, w, job.vae.z_dim), array(s, config.sizes["A"]) if s else None)
+        state, given = sampler.State(*[latents] * 4), sampler.Given(latents.video, array(t, dtype=bool))
         step = sampler.unipc_steps(np.array([0.9]))
         stage = _stage("step", networks.gen, sampler.run_steps, velocity, inputs, state, step, given)
     return prefilled, dataclasses.replace(stage, runs=request.num_inference_steps)
 
 
-def autoencoder(job: Job, networks: Networks, mesh: Mesh) -> list[Stage]:
-    """The encoder, if frames came with the request, and the decoder."""
+def autoencoders(job: Job, networks: Networks, mesh: Mesh) -> list[Stage]:
+    """The encoder, if frames came with the request, the decoder, and that of the sound."""
     t, h, w = job.vae.latent_shape(job.request.num_frames, job.request.height, job.request.width)
     stages = []
     if job.request.image is not None or job.request.video is not None:
@@ -166,6 +170,11 @@ def autoencoder(job: Job, networks: Networks, mesh: Mesh) -> list[Stage]:
         stages.append(dataclasses.replace(stage, flops=stage.flops * mesh.size))  # every device encodes all of it
     with jax.set_mesh(picture_mesh(mesh, h, w)):
         stages.append(_stage("decode", networks.vae, decode, networks.vae, _array(mesh, t, h, w, job.vae.z_dim), uint8))
+    if networks.sound is not None:
+        latents = _array(mesh, job.request.sound_frames(job.sound), job.transformer.sizes["A"])
+        with jax.set_mesh(mesh):
+            stage = _stage("decode_sound", networks.sound, decode_sound, networks.sound, latents)
+        stages.append(dataclasses.replace(stage, flops=stage.flops * mesh.size))  # every device decodes all of it
     return stages
 
 

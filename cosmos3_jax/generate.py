@@ -22,7 +22,7 @@ import jax
 from cosmos3_jax import __version__, media, processes
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.checkpoint import BUILT_IN, Checkpoint
-from cosmos3_jax.config import PRESETS, UNIPC, WAN_VAE, InputError, SchedulerConfig
+from cosmos3_jax.config import PRESETS, SOUND_TOKENIZER, UNIPC, WAN_VAE, InputError, SchedulerConfig
 from cosmos3_jax.dry_run import dry_run
 from cosmos3_jax.estimate import TEXT_TOKENS, Job, virtual_devices
 from cosmos3_jax.networks import TEXT_TOWER
@@ -67,18 +67,27 @@ def _generate(arguments: argparse.Namespace) -> None:
     processes.join(arguments.coordinator, arguments.num_processes, arguments.process_id)
     path = BUILT_IN if arguments.checkpoint is None else arguments.checkpoint
     checkpoint = Checkpoint.open(path, weights=False, sound=bool(arguments.enable_sound))
-    request = resolve(_request(arguments), checkpoint.transformer, checkpoint.vae, checkpoint.scheduler)
-    default = "cosmos3.png" if request.metadata.is_image else "cosmos3.mp4"
+    request = resolve(_request(arguments), *checkpoint.configs)
+    default = "cosmos3.png" if request.metadata.is_image and not request.enable_sound else "cosmos3.mp4"
     out = Path(default if arguments.out is None else arguments.out)
+    wave = None if arguments.save_sound is None else Path(arguments.save_sound)
+    if wave is not None and not request.enable_sound:
+        raise InputError("--save-sound without --sound: there is none to save")
+    if wave is not None and wave.suffix.lower() not in media.SOUND_SUFFIXES:
+        raise InputError(f"--save-sound {wave}: a .wav is expected")
+    files = [out] if wave is None else [out, wave]
     if processes.is_first():
-        media.check_writable(out, request.num_frames)
+        for file in files:
+            media.check_writable(file, request.num_frames, has_sound=request.enable_sound)
     request = open_media(request, checkpoint.vae)
     mesh = make_mesh(arguments.cfg, arguments.tp)
 
     if arguments.checkpoint is None:
         _say("no --checkpoint: this is the built-in one. It is tiny and its weights are random, so expect coloured noise.")
     start = time.perf_counter()
-    pipe = Cosmos3Pipeline.from_pretrained(path, mesh=mesh, dtype=arguments.dtype, text_tower=arguments.text_tower)
+    pipe = Cosmos3Pipeline.from_pretrained(
+        path, mesh=mesh, dtype=arguments.dtype, text_tower=arguments.text_tower, sound=bool(request.enable_sound)
+    )
     load = time.perf_counter() - start
     settings = {
         "checkpoint": str(pipe.checkpoint.folder),
@@ -92,31 +101,32 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     result = pipe.run(request)
     start = time.perf_counter()
-    result.save(out)
+    for file in files:
+        result.save(file)
     write = time.perf_counter() - start
     seconds = {**result.seconds, "load": round(load + result.seconds["load"], 3), "write": round(write, 3)}
     for stage, value in seconds.items():
         _say(f"{stage:>20}  {value:.2f} s")
-    _say(json.dumps({"out": str(out), "seconds": seconds, "version": __version__, **settings}))
+    written = {"out": str(out)} | ({} if wave is None else {"save_sound": str(wave)})
+    _say(json.dumps({**written, "seconds": seconds, "version": __version__, **settings}))
 
 
 def _dry_run(arguments: argparse.Namespace) -> None:
     """Tells what the request would need on this mesh, and on every mesh of one host."""
     if arguments.preset is not None and arguments.checkpoint is not None:
         raise InputError("--preset and --checkpoint: give one of them")
-    checkpoint = None if arguments.preset else Checkpoint.open(arguments.checkpoint or BUILT_IN, weights=False)
-    if checkpoint is None:
-        transformer, vae, scheduler = PRESETS[arguments.preset], WAN_VAE, UNIPC
-    else:
-        transformer, vae, scheduler = checkpoint.transformer, checkpoint.vae, checkpoint.scheduler
+    path, sound = arguments.checkpoint or BUILT_IN, bool(arguments.enable_sound)
+    checkpoint = None if arguments.preset else Checkpoint.open(path, weights=False, sound=sound)
+    configs = (PRESETS[arguments.preset], WAN_VAE, UNIPC, SOUND_TOKENIZER) if checkpoint is None else checkpoint.configs
+    transformer, vae, _, sound_tokenizer = configs
     transformer.check_tensor_parallel(arguments.tp)
     virtual_devices(max(8, 2 * arguments.tp))
-    request = open_media(resolve(_request(arguments), transformer, vae, scheduler), vae)
+    request = open_media(resolve(_request(arguments), *configs), vae)
     text_tokens = TEXT_TOKENS
     if checkpoint is not None and (checkpoint.folder / "text_tokenizer").is_dir():
         tokenizer = load_tokenizer(checkpoint.folder / "text_tokenizer", transformer.vocab_size)
         text_tokens = token_ids(request, checkpoint, tokenizer, arguments.cfg)[0].shape[1]
-    job = Job(transformer, vae, request, arguments.dtype or "bfloat16", text_tokens)
+    job = Job(transformer, vae, request, arguments.dtype or "bfloat16", text_tokens, sound_tokenizer)
     tables, answer = dry_run(job, arguments.cfg, arguments.tp)
     print(tables)
     print(json.dumps(answer))
@@ -153,10 +163,12 @@ def _settings(request: ResolvedRequest, scheduler: SchedulerConfig) -> dict[str,
             value = f"{value.width}x{value.height}"
         if field.name == "video" and value is not None:
             value = f"{len(value)} frames of {value[0].width}x{value[0].height}"
-        if value is not None and field.name not in ("output_type", "enable_sound"):
+        if value is not None and field.name != "output_type":
             settings[field.name] = value
     if request.sigmas == "karras" or scheduler.distilled_sigmas:  # where it has no effect
         del settings["flow_shift"]
+    if not request.enable_sound:
+        del settings["enable_sound"]
     if request.video is None:
         del settings["condition_frame_indexes_vision"], settings["condition_video_keep"]
     return settings
@@ -194,7 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--flow-shift", metavar="S", type=float, help="more of the steps at high noise (10; image 3)")
     add("--sigmas", choices=("native", "linear", "karras"), help="noise levels (native)")
     add("--seed", metavar="N", type=int, help="of the noise (42)")
-    add("--sound", action="store_const", const=True, dest="enable_sound", help="with sound (not in this version)")
+    add("--sound", action="store_const", const=True, dest="enable_sound", help="with a soundtrack")
+    add("--save-sound", metavar="FILE", help="the sound in a file of its own, too: .wav")
     add("--prompt-style", choices=("native", "diffusers"), help="what is added to the prompt (native)")
     add("--steps-per-call", metavar="N", type=int, help="steps in one program (1)")
     add("--cfg", type=int, default=1, help="2: the branches of guidance on two halves of the devices (1)")

@@ -1,4 +1,4 @@
-"""Images and clips between files and arrays. The only file that imports imageio.
+"""Images, clips and sounds between files and arrays. The only file that imports imageio.
 
 Conditioning images are prepared as diffusers 0.42.1 does it, to the bit: one uint8 that rounds the other way moves the latents
 more than all our other float32 differences. Files are written under a temporary name and then renamed, so none is ever half
@@ -11,11 +11,13 @@ import itertools
 import math
 import os
 import stat
+import subprocess
 import tempfile
 import warnings
+import wave
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import imageio.v3 as imageio
 import imageio_ffmpeg
@@ -26,6 +28,20 @@ from cosmos3_jax.config import InputError
 
 VIDEO_SUFFIXES = (".mp4",)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SOUND_SUFFIXES = (".wav",)
+AAC_RATES = (7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
+AAC_FRAME = 1024  # samples
+# Of a sound that may be anything, noise too: no part is replaced by noise (pns), and no channel by a mixture (is, ms). The
+# coder "fast" alone spends the bits that it is given also on short and quiet sounds.
+AAC_OPTIONS = ["-aac_coder", "fast", "-aac_pns", "0", "-aac_is", "0", "-aac_ms", "0", "-aac_tns", "0"]
+AAC_BITS = 6  # a sample, the most that AAC takes; music needs four, and white noise five for a correlation of 0.995
+
+
+class Sound(NamedTuple):
+    """A waveform."""
+
+    wave_cn: np.ndarray  # [channels, samples] in [-1, 1]
+    sample_rate: int
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -152,11 +168,15 @@ def images(frames: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(frame) for frame in frames]
 
 
-def check_writable(path: Path, num_frames: int) -> None:
-    """Raises InputError unless `path` can become a file for this many frames."""
-    suffixes = VIDEO_SUFFIXES + IMAGE_SUFFIXES if num_frames == 1 else VIDEO_SUFFIXES
+def check_writable(path: Path, num_frames: int, *, has_sound: bool = False) -> None:
+    """Raises InputError unless `path` can become a file for this many frames, or their sound."""
+    suffixes: tuple[str, ...] = VIDEO_SUFFIXES
+    what = "one frame" if num_frames == 1 else f"{num_frames} frames"
+    if has_sound:
+        suffixes, what = VIDEO_SUFFIXES + SOUND_SUFFIXES, f"{what} with sound"
+    elif num_frames == 1:
+        suffixes = VIDEO_SUFFIXES + IMAGE_SUFFIXES
     if path.suffix.lower() not in suffixes:
-        what = "one frame" if num_frames == 1 else f"{num_frames} frames"
         raise InputError(f"{path}: {what} cannot be written as {path.suffix or 'that'}; use {', '.join(suffixes)}")
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder {path.parent} does not exist; create it first")
@@ -171,24 +191,47 @@ def check_writable(path: Path, num_frames: int) -> None:
         raise InputError(f"{path}: no file can be written there")
 
 
-def write(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Writes uint8 frames [t, h, w, 3] as H.264 (yuv420p, plays everywhere), or one frame as a picture.
+def write(path: Path, frames: np.ndarray, fps: float, sound: Sound | None = None) -> None:
+    """Writes uint8 frames [t, h, w, 3] as H.264 (yuv420p, plays everywhere), with the sound as AAC; one frame as a picture; or
+    the sound alone as 16-bit PCM.
 
-    Raises InputError where that cannot be; then nothing has changed.
+    The sound of a video is made as long as the video. Raises InputError where that cannot be; then nothing has changed.
     """
-    check_writable(path, len(frames))
+    check_writable(path, len(frames), has_sound=sound is not None)
+    if sound is not None and not np.isfinite(sound.wave_cn).all():
+        raise InputError(f"{path}: the sound has values that are no numbers")
     try:
         with _beside(path) as partial:
             if path.suffix.lower() in IMAGE_SUFFIXES:
                 Image.fromarray(frames[0]).save(partial, quality=95)
+            elif path.suffix.lower() in SOUND_SUFFIXES:
+                assert sound is not None
+                _write_pcm(partial, sound)
             else:
-                _encode(partial, frames, fps)
+                _encode(partial, frames, fps, sound)
     except OSError as error:
         raise InputError(f"{path}: could not be written ({error})") from error
 
 
-def _encode(path: Path, frames: np.ndarray, fps: float) -> None:
-    with _quiet_fork():
+def _write_pcm(path: Path, sound: Sound) -> None:
+    """A .wav of what the sound has within [-1, 1]."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(len(sound.wave_cn))
+        file.setsampwidth(2)
+        file.setframerate(sound.sample_rate)
+        file.writeframes(np.rint(np.clip(sound.wave_cn, -1, 1) * 32767).astype("<i2").T.tobytes())
+
+
+def _encode(path: Path, frames: np.ndarray, fps: float, sound: Sound | None) -> None:
+    with _quiet_fork(), tempfile.TemporaryDirectory() as scratch:
+        audio: dict[str, str] = {}
+        audio_options: list[str] = []
+        if sound is not None:
+            sound = Sound(_fit_length(sound.wave_cn, round(len(frames) / fps * sound.sample_rate)), sound.sample_rate)
+            _write_pcm(Path(scratch, "sound.wav"), sound)
+            audio = {"audio_path": str(Path(scratch, "sound.wav")), "audio_codec": "aac"}
+            rate = _aac_rate(sound.sample_rate)
+            audio_options = [*AAC_OPTIONS, "-ar", str(rate), "-b:a", str(AAC_BITS * rate * len(sound.wave_cn))]
         imageio.imwrite(
             path,
             frames,
@@ -198,14 +241,40 @@ def _encode(path: Path, frames: np.ndarray, fps: float) -> None:
             pixelformat="yuv420p",
             quality=8,  # of 10
             macro_block_size=1,  # do not resize: sizes are multiples of 16 already
-            output_params=["-movflags", "+faststart"],
+            output_params=["-movflags", "+faststart", *audio_options],
+            ffmpeg_log_level="error",
+            **audio,
         )
         try:
             written, _ = imageio_ffmpeg.count_frames_and_secs(path)
         except RuntimeError:
             written = 0
-    if written != len(frames):  # ffmpeg may fail as it is closed, and imageio does not say so
+        heard = _count_samples(path, len(sound.wave_cn)) if sound is not None and written else 0
+    # ffmpeg may fail as it is closed, and imageio does not say so
+    if written != len(frames):
         raise OSError(f"ffmpeg wrote {written} of {len(frames)} frames; is the disk full?")
+    if sound is not None:
+        samples = sound.wave_cn.shape[1] * _aac_rate(sound.sample_rate) // sound.sample_rate
+        if not -16 <= heard - samples < AAC_FRAME:  # resampled; some ffmpegs decode the last frame whole
+            raise OSError(f"ffmpeg wrote {heard} of {samples} samples of sound; is the disk full?")
+
+
+def _fit_length(wave_cn: np.ndarray, samples: int) -> np.ndarray:
+    """The sound cut off, or with silence at its end."""
+    cut = wave_cn[:, :samples]
+    return np.pad(cut, ((0, 0), (0, samples - cut.shape[1])))
+
+
+def _aac_rate(sample_rate: int) -> int:
+    """The sample rate itself, if AAC has it, else the next."""
+    return next((rate for rate in AAC_RATES if rate >= sample_rate), AAC_RATES[-1])
+
+
+def _count_samples(path: Path, channels: int) -> int:
+    """The samples of each channel that a file's sound decodes to."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-map", "0:a:0", "-f", "s16le", "-"]
+    decoded = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False).stdout
+    return len(decoded) // (2 * channels)
 
 
 def _quiet_fork() -> warnings.catch_warnings:

@@ -1,10 +1,11 @@
-"""The three networks of a checkpoint, and which of them are on the devices: only what the next stage needs, if memory is short.
+"""The networks of a checkpoint, and which of them are on the devices: only what the next stage needs, if memory is short.
 
     stage            network   with text_tower="keep"    "drop", "host"
     encode           vae       always there              comes when it is needed
     prefill          und       always there              comes for a prompt, leaves right after it
     denoise          gen       always there              comes, and stays while there is room for the next
     decode           vae       always there              comes, and stays likewise
+    decode sound     sound     comes at the first sound  comes, and stays likewise
 
 What leaves is read again from the folder when it is needed ("drop"), or waits in host memory ("host").
 """
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cosmos3_jax.checkpoint import Weights, load
-from cosmos3_jax.config import InputError, TransformerConfig, VAEConfig
+from cosmos3_jax.config import InputError, SoundConfig, TransformerConfig, VAEConfig
+from cosmos3_jax.models.sound import SoundDecoder
 from cosmos3_jax.models.transformer import GenTower, UndTower
 from cosmos3_jax.models.vae import VAE
 from cosmos3_jax.weights import Network, nbytes_on_device, split
@@ -25,20 +27,27 @@ HOST = "pinned_host"  # memory of the host that GPUs read by themselves
 TEXT_TOWER = ("auto", "keep", "host", "drop")
 # The share of a device's memory that weights may take while a network runs. The prefill needs little beside them; what the
 # others need grows with the video: by the dry run 16 GB at 720p for Nano on one GPU, beside 30.5 GB of weights.
-ROOM = {"und": 0.9, "gen": 2 / 3, "vae": 2 / 3}
+ROOM = {"und": 0.9, "gen": 2 / 3, "vae": 2 / 3, "sound": 2 / 3}
 
 
 class Networks(NamedTuple):
-    """The three networks of a checkpoint."""
+    """The networks of a checkpoint."""
 
     und: Network
     gen: Network
     vae: Network
+    sound: Network | None = None
+
+    def by_name(self) -> dict[str, Network]:
+        """Those that there are."""
+        return {part: network for part, network in self._asdict().items() if network is not None}
 
 
-def abstract_networks(transformer: TransformerConfig, vae: VAEConfig, mesh: Mesh, dtype: str) -> Networks:
-    """The networks with shapes for weights: nothing is allocated."""
-    modules = UndTower(transformer), GenTower(transformer), VAE(vae)
+def abstract_networks(
+    transformer: TransformerConfig, vae: VAEConfig, mesh: Mesh, dtype: str, sound: SoundConfig | None = None
+) -> Networks:
+    """The networks with shapes for weights: nothing is allocated. The sound decoder's are float32 whatever the `dtype`."""
+    modules = [UndTower(transformer), GenTower(transformer), VAE(vae), *([SoundDecoder(sound)] if sound else [])]
     return Networks(*(split(module, mesh, jnp.dtype(dtype)) for module in modules))
 
 
@@ -59,7 +68,7 @@ class Residence:
         kinds = {memory.kind for memory in mesh.local_devices[0].addressable_memories()}
         if text_tower == "host" and HOST not in kinds:
             raise InputError(f'text_tower="host": these devices cannot reach memory of the kind {HOST}; use "drop" or "keep"')
-        self.weights, self.abstract, self.memory = weights, abstract._asdict(), device_memory(mesh)
+        self.weights, self.abstract, self.memory = weights, abstract.by_name(), device_memory(mesh)
         self.sizes = {part: nbytes_on_device(network) for part, network in self.abstract.items()}
         self.text_tower = self._chosen() if text_tower == "auto" else text_tower
         self.on_devices: dict[str, Network] = {}

@@ -1,6 +1,7 @@
 """The plot: from a request to a video. The only file that knows the order.
 
-    prompt.tokenize -> positions.layout -> media, VAE.encode -> UndTower.prefill -> sampler.denoise -> VAE.decode
+    prompt.tokenize -> positions.layout -> media, VAE.encode -> UndTower.prefill -> sampler.denoise
+                    -> VAE.decode, SoundDecoder.decode
 
 What is jitted are plain functions of networks (weights.py) and arrays.
 """
@@ -24,6 +25,7 @@ from cosmos3_jax import media, positions, sampler
 from cosmos3_jax.axes import make_mesh, picture_mesh, place
 from cosmos3_jax.checkpoint import Checkpoint
 from cosmos3_jax.config import InputError, VAEConfig
+from cosmos3_jax.latents import Latents
 from cosmos3_jax.models.layers import Rotary
 from cosmos3_jax.models.transformer import Prefix
 from cosmos3_jax.models.vae import uint8, unit
@@ -38,7 +40,7 @@ DTYPES = ("float32", "bfloat16")
 AS_WRITTEN = {"xla_allow_excess_precision": False}
 
 Stage = Callable[[str, str, Callable[[Network], Any]], Any]
-"""(what the time goes by, "und", "gen" or "vae", what to run on it) -> what that returns."""
+"""(what the time goes by, "und", "gen", "vae" or "sound", what to run on it) -> what that returns."""
 
 
 @jax.jit
@@ -59,10 +61,17 @@ def decode(vae: Network, latents_thwc: Any, finish: Callable) -> jax.Array:
     return vae.merge().decode(latents_thwc, finish)
 
 
-def velocity(inputs: tuple[Network, Rotary, Prefix], x_thwc: Any, timestep: Any, is_given_t: Any) -> jax.Array:
+@jax.jit
+def decode_sound(sound: Network, latents_sc: Any) -> jax.Array:
+    """`SoundDecoder.decode`, compiled."""
+    with jax.default_matmul_precision("highest"):  # else GPUs round float32 to TF32, 10 bits
+        return sound.merge().decode(latents_sc)
+
+
+def velocity(inputs: tuple[Network, Rotary, Prefix], x: Latents, timestep: Any, is_given_t: Any) -> Latents:
     """`GenTower.velocity`, as the sampler calls it."""
     gen, rotary, prefix = inputs
-    return gen.merge().velocity(x_thwc, timestep, is_given_t, rotary, prefix)
+    return gen.merge().velocity(x, timestep, is_given_t, rotary, prefix)
 
 
 @dataclasses.dataclass
@@ -72,22 +81,24 @@ class Result:
     video: Any  # float32 [t, h, w, 3] in [0, 1], a list of PIL images, or normalized latents float32 [1, c, t, h, w]
     fps: float
     seconds: dict[str, float]  # by stage
-    sound: np.ndarray | None = None  # not in this version
-    sample_rate: int | None = None  # not in this version
+    sound: np.ndarray | None = None  # float32 [channels, samples] in [-1, 1], or with latents float32 [sound_dim, latents]
+    sample_rate: int | None = None  # of the sound, in Hz
 
     def save(self, path: str | Path) -> None:
-        """Writes an .mp4, or a .png, .jpg or .webp of a single frame; of several processes, the first one does.
+        """Writes an .mp4 with its sound; a .png, .jpg or .webp of a single frame; or a .wav of the sound alone.
 
-        Raises InputError if it cannot be written.
+        Of several processes, the first one does. Raises InputError if it cannot be written.
         """
+        path = Path(path)
         if isinstance(self.video, list):
             frames = np.stack(self.video)
         elif self.video.ndim == 4:
             frames = np.round(np.clip(self.video, 0, 1) * 255).astype(np.uint8)
         else:
             raise InputError(f'{path}: latents cannot be saved as frames; ask for output_type="np" or "pil"')
+        sound = None if self.sound is None else media.Sound(self.sound, self.sample_rate or 0)
         if is_first():
-            media.write(Path(path), frames, self.fps)
+            media.write(path, frames, self.fps, sound)
 
 
 class Cosmos3Pipeline:
@@ -105,16 +116,18 @@ class Cosmos3Pipeline:
         mesh: Mesh | None = None,
         dtype: str | None = None,
         text_tower: str = "auto",
+        sound: bool = True,
         progress: bool = True,
     ) -> Self:
         """Loads a folder in the published layout, one that `python -m convert` wrote, or a Hugging Face repository id.
 
         `dtype` of weights and activations is "bfloat16" or "float32"; by default the former on GPUs, the latter elsewhere.
         `text_tower` is what becomes of the text tower after a prompt: "keep", "host" (waits in host memory) or "drop" (read
-        again for the next one); "auto" keeps it unless memory is short (networks.py). Only what is kept is loaded now.
+        again for the next one); "auto" keeps it unless memory is short (networks.py). Only what is kept is loaded now, and
+        the sound decoder at the first sound; without `sound` it is not even downloaded.
         Raises InputError for a folder, a mesh or tensors that do not fit, before any weight is read.
         """
-        checkpoint = Checkpoint.open(path, weights=False)
+        checkpoint = Checkpoint.open(path, weights=False, sound=sound)
         mesh = make_mesh() if mesh is None else mesh
         if not isinstance(mesh, Mesh) or mesh.axis_names != ("cfg", "tp") or AxisType.Explicit in mesh.axis_types:
             raise InputError(f"mesh: one that make_mesh(cfg, tp) makes is expected, not {mesh!r}")
@@ -125,12 +138,13 @@ class Cosmos3Pipeline:
         if text_tower not in TEXT_TOWER:
             raise InputError(f"text_tower={text_tower!r}: one of {', '.join(TEXT_TOWER)} is expected")
         checkpoint.transformer.check_tensor_parallel(mesh.shape["tp"])
-        checkpoint = Checkpoint.open(path)  # the weights are downloaded now that nothing else is wrong
+        sound = checkpoint.sound is not None and checkpoint.transformer.sound_gen
+        checkpoint = Checkpoint.open(path, sound=sound)  # the weights are downloaded now that nothing else is wrong
         tokenizer = load_tokenizer(checkpoint.folder / "text_tokenizer", checkpoint.transformer.vocab_size)
-        networks = abstract_networks(checkpoint.transformer, checkpoint.vae, mesh, dtype)
-        residence = Residence(checkpoint.audited(networks._asdict()), networks, mesh, text_tower)
+        networks = abstract_networks(checkpoint.transformer, checkpoint.vae, mesh, dtype, checkpoint.sound)
+        residence = Residence(checkpoint.audited(networks.by_name()), networks, mesh, text_tower)
         if residence.text_tower == "keep":
-            for part in networks._fields:
+            for part in ("und", "gen", "vae"):
                 residence.bring(part, progress=progress)
         return cls(checkpoint, tokenizer, mesh, dtype, residence)
 
@@ -172,36 +186,40 @@ class Cosmos3Pipeline:
 
     def run(self, request: Request, *, callback_on_step_end: Callable | None = None, progress: bool = True) -> Result:
         """Generates what `request` asks for; `__call__` with a value instead of words."""
-        request = resolve(request, self.checkpoint.transformer, self.checkpoint.vae, self.checkpoint.scheduler)
-        request = open_media(request, self.checkpoint.vae)
+        checkpoint = self.checkpoint
+        request = resolve(request, *checkpoint.configs)
+        request = open_media(request, checkpoint.vae)
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise InputError(f"callback_on_step_end: a function is expected, not {type(callback_on_step_end).__name__}")
         noise = self._noise(request)
-        steps = self._steps(request, noise[1:])
+        steps = self._steps(request, jax.tree.map(lambda draws: draws[1:], noise))
         seconds: dict[str, float] = {}
         stage = functools.partial(self._stage, seconds, progress)
         precision = "highest" if self.dtype == "float32" else None  # else GPUs round float32 to TF32, 10 bits
         with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
             with _timed(seconds, "tokenize"):
-                ids_BS, length_B = token_ids(request, self.checkpoint, self.tokenizer, self.mesh.shape["cfg"])
-            agree([request.num_frames, request.height, request.width, request.seed, steps, ids_BS.tolist()])
-            text, vision = self._rotary(request, ids_BS, length_B)
+                ids_BS, length_B = token_ids(request, checkpoint, self.tokenizer, self.mesh.shape["cfg"])
+            shapes = jax.tree.map(np.shape, noise)
+            agree([request.num_frames, request.height, request.width, request.seed, shapes, steps, ids_BS.tolist()])
+            text, generated = self._rotary(request, ids_BS, length_B)
             given = self._encode_given(request, stage)
             prefix = stage("prefill", "und", lambda und: prefill(und, ids_BS, length_B, text))
-            start = place(self.mesh, noise[0])
+            start = place(self.mesh, jax.tree.map(lambda draws: draws[0], noise))
             on_step = callback_on_step_end and _public_callback(callback_on_step_end, steps, self.mesh)
 
-            def denoise(gen: Network) -> jax.Array:
+            def denoise(gen: Network) -> Latents:
                 with _progress_bar(request, progress) as on_progress:
-                    inputs, per_call = (gen, vision, prefix), request.steps_per_call
+                    inputs, per_call = (gen, generated, prefix), request.steps_per_call
                     return sampler.denoise(
                         velocity, inputs, start, given, steps, steps_per_call=per_call, on_step=on_step, on_progress=on_progress
                     )
 
             latents = stage("denoise", "gen", denoise)
             prefix = None  # room for the decoder
-            video = self._decode(latents, request.output_type, stage)
-        return Result(video, float(request.fps), seconds)
+            video = self._decode(latents.video, request.output_type, stage)
+            sound = self._decode_sound(latents.sound, request.output_type, stage)
+        sample_rate = checkpoint.sound.sampling_rate if checkpoint.sound and request.enable_sound else None
+        return Result(video, float(request.fps), seconds, sound, sample_rate)
 
     def _stage(self, seconds: dict[str, float], progress: bool, name: str, part: str, run: Callable[[Network], Any]) -> Any:
         """What `run` makes of a network, which is on the devices for as long as that takes."""
@@ -214,10 +232,11 @@ class Cosmos3Pipeline:
         return result
 
     def _rotary(self, request: ResolvedRequest, ids_BS: np.ndarray, length_B: np.ndarray) -> tuple[Rotary, Rotary]:
-        """The rotary angles of text and of vision tokens."""
-        shape = self._latent_shape(request)
-        text, vision = positions.layout(self.checkpoint.transformer, length_B, ids_BS.shape[1], shape, float(request.fps))
-        return Rotary(*place(self.mesh, text)), Rotary(*place(self.mesh, vision))
+        """The rotary angles of text and of generated tokens."""
+        shape, frames = self._latent_shape(request), request.sound_frames(self.checkpoint.sound)
+        both = positions.layout(self.checkpoint.transformer, length_B, ids_BS.shape[1], shape, float(request.fps), frames)
+        text, generated = (Rotary(*place(self.mesh, each)) for each in both)
+        return text, generated
 
     def _latent_shape(self, request: ResolvedRequest) -> tuple[int, int, int]:
         return self.checkpoint.vae.latent_shape(request.num_frames, request.height, request.width)
@@ -244,19 +263,25 @@ class Cosmos3Pipeline:
         frames = media.fit_clip(request.video, request.height, request.width, part)
         return np.pad(frames, ((0, count - len(frames)), (0, 0), (0, 0), (0, 0)), mode="edge")
 
-    def _noise(self, request: ResolvedRequest) -> np.ndarray:
-        """Float32 [n, t, h, w, c], the same on every mesh: what to start from, and what stochastic steps add one by one.
+    def _noise(self, request: ResolvedRequest) -> Latents:
+        """Float32, the same on every mesh, [n] in front: what to start from, and what stochastic steps add one by one.
 
-        Unlike diffusers: numpy's, as in NVIDIA's own framework.
+        Unlike diffusers: numpy's, as in NVIDIA's own framework; video and sound each from the beginning of its stream.
         """
         draws = len(self.checkpoint.scheduler.distilled_sigmas) or 1
-        shape = (draws, self.checkpoint.vae.z_dim, *self._latent_shape(request))
-        noise = np.random.RandomState(request.seed).standard_normal(shape).astype(np.float32)
-        if request.latents is not None:
-            noise[:1] = request.latents
-        return np.moveaxis(noise, 1, -1)
 
-    def _steps(self, request: ResolvedRequest, fresh: np.ndarray) -> sampler.Steps:
+        def draw(shape: tuple[int, ...], given: Any) -> np.ndarray:
+            noise = np.random.RandomState(request.seed).standard_normal((draws, *shape)).astype(np.float32)
+            if given is not None:
+                noise[:1] = given
+            return np.moveaxis(noise, 1, -1)
+
+        video, sound = draw((self.checkpoint.vae.z_dim, *self._latent_shape(request)), request.latents), None
+        if frames := request.sound_frames(self.checkpoint.sound):
+            sound = draw((self.checkpoint.transformer.sizes["A"], frames), request.sound_latents)
+        return Latents(video, sound)
+
+    def _steps(self, request: ResolvedRequest, fresh: Latents) -> sampler.Steps:
         scheduler = self.checkpoint.scheduler
         if scheduler.distilled_sigmas:
             return sampler.distilled_steps(np.array(scheduler.distilled_sigmas), fresh, scheduler.num_train_timesteps)
@@ -271,6 +296,13 @@ class Cosmos3Pipeline:
         with jax.set_mesh(picture_mesh(self.mesh, *latents_thwc.shape[1:3])):
             frames = stage("decode", "vae", lambda vae: np.asarray(decode(vae, latents_thwc, finish)))
         return frames if output_type == "np" else media.images(frames)
+
+    def _decode_sound(self, latents_sc: jax.Array | None, output_type: str, stage: Stage) -> np.ndarray | None:
+        if latents_sc is None:
+            return None
+        if output_type == "latent":
+            return np.asarray(latents_sc).T
+        return stage("decode_sound", "sound", lambda sound: np.asarray(decode_sound(sound, latents_sc)).T)
 
 
 def token_ids(request: ResolvedRequest, checkpoint: Checkpoint, tokenizer: Any, cfg: int) -> tuple[np.ndarray, np.ndarray]:

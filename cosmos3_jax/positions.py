@@ -1,6 +1,6 @@
 """Where tokens stand: the 3-D rotary positions (time, row, column) of text and of generated tokens. numpy only.
 
-Text tokens count up on all three axes. Generated tokens begin at the real length of their branch's text + 15000, so each
+Text tokens count up on all three axes. Vision and sound both begin at the real length of their branch's text + 15000, so each
 branch has positions of its own. Reference: diffusers 0.42.1, pipelines/cosmos/pipeline_cosmos3_omni.py.
 """
 
@@ -12,15 +12,24 @@ CosSin = tuple[np.ndarray, np.ndarray]  # float32 [B, n, H/2] each, of n tokens
 
 
 def layout(
-    config: TransformerConfig, length_B: np.ndarray, bucket: int, shape_thw: tuple[int, int, int], fps: float
+    config: TransformerConfig,
+    length_B: np.ndarray,
+    bucket: int,
+    shape_thw: tuple[int, int, int],
+    fps: float,
+    sound_frames: int = 0,
 ) -> tuple[CosSin, CosSin]:
-    """cos and sin of text tokens ([1, bucket, H/2], all branches alike) and of vision tokens ([B, G, H/2]).
+    """cos and sin of text tokens ([1, bucket, H/2], all branches alike) and of vision and then sound tokens ([B, G, H/2]).
 
-    `length_B`: real text lengths; `shape_thw`: latent frames, rows, columns; `fps`: of the video.
+    `length_B`: real text lengths; `shape_thw`: latent frames, rows, columns; `fps`: of the video; `sound_frames`: of latents.
     """
-    starts = [int(length) + config.unified_3d_mrope_temporal_modality_margin for length in length_B]
-    vision_B3G = np.stack([vision_ids(config, shape_thw, start, fps) for start in starts])
-    return cos_sin(config, text_ids(bucket)[None]), cos_sin(config, vision_B3G)
+    generated = []
+    for length in length_B:
+        start = int(length) + config.unified_3d_mrope_temporal_modality_margin
+        vision = vision_ids(config, shape_thw, start, fps)
+        sound = vision_ids(config, (sound_frames, 1, 1), start, config.sound_latent_fps)
+        generated.append(np.concatenate([vision, sound], axis=1))
+    return cos_sin(config, text_ids(bucket)[None]), cos_sin(config, np.stack(generated))
 
 
 def text_ids(length: int) -> np.ndarray:
@@ -31,7 +40,8 @@ def text_ids(length: int) -> np.ndarray:
 def vision_ids(config: TransformerConfig, shape_thw: tuple[int, int, int], start: int, fps: float) -> np.ndarray:
     """[3, G] positions of latent patches, frames outermost: time from `start`, rows and columns from 0.
 
-    A latent frame is one position at base_fps, more where frames last longer: a clip spans its real duration.
+    A latent frame is one position at base_fps, more where frames last longer: a clip spans its real duration, and sound, one
+    patch a frame, goes along with it.
     """
     t, h, w = shape_thw
     size = config.latent_patch_size

@@ -1,14 +1,14 @@
 """The published layout: which tensors of which file are which weights, and how they get from there to the devices.
 
-It is that of diffusers: a folder each for transformer and vae, with safetensors in them. Nothing but headers is read before
-the audit has passed; then each device's part of each weight is copied out of the mapped files, once, straight to where JAX
-takes it from.
+It is that of diffusers: a folder each for transformer, VAE and sound tokenizer, with safetensors in them. Nothing but headers
+is read before the audit has passed; then each device's part of each weight is copied out of the mapped files, once, straight to
+where JAX takes it from.
 """
 
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from cosmos3_jax.config import InputError, TransformerConfig
 from cosmos3_jax.safetensors_files import DTYPES, Tensor, TensorFolder
 from cosmos3_jax.weights import Index, Network, Weight, audit, by_path, copy, is_stacked, place_weight
 
-FOLDER_OF = {"und": "transformer", "gen": "transformer", "vae": "vae"}  # network -> where its tensors are
+# network -> where its tensors are
+FOLDER_OF = {"und": "transformer", "gen": "transformer", "vae": "vae", "sound": "sound_tokenizer"}
 OLD = re.compile(r"^(transformer|model|language_model)\.|vae2llm|llm2vae|action2llm|llm2action|sound2llm|llm2sound")
 BLOCK = 1 << 26  # bytes that one thread copies at a time
 
@@ -41,8 +42,15 @@ UND_NAMES = {
     "layers.mlp.down": "layers.{}.mlp.down_proj.weight",
 }
 GEN_NAMES = {
-    "w_in": "proj_in.weight",
-    "b_in": "proj_in.bias",
+    "vision.w_in": "proj_in.weight",
+    "vision.b_in": "proj_in.bias",
+    "vision.w_out": "proj_out.weight",
+    "vision.b_out": "proj_out.bias",
+    "sound.w_in": "audio_proj_in.weight",
+    "sound.b_in": "audio_proj_in.bias",
+    "sound.w_out": "audio_proj_out.weight",
+    "sound.b_out": "audio_proj_out.bias",
+    "sound.mark": "audio_modality_embed",
     "timestep_embedding.w_in": "time_embedder.linear_1.weight",
     "timestep_embedding.b_in": "time_embedder.linear_1.bias",
     "timestep_embedding.w_out": "time_embedder.linear_2.weight",
@@ -59,8 +67,6 @@ GEN_NAMES = {
     "layers.mlp.up": "layers.{}.mlp_moe_gen.up_proj.weight",
     "layers.mlp.down": "layers.{}.mlp_moe_gen.down_proj.weight",
     "norm.scale": "norm_moe_gen.weight",
-    "w_out": "proj_out.weight",
-    "b_out": "proj_out.bias",
 }
 # Part of a path in the VAE -> part of the name in the file; everything else is called as in the file.
 VAE_NAMES = {"sampler.conv.": "sampler.resample.1."}
@@ -84,32 +90,47 @@ def vae_file_names(vae: Network) -> dict[str, list[str]]:
     return {path: [name] for path, name in names.items()}
 
 
+def sound_file_names(decoder: Network) -> dict[str, list[str]]:
+    """The tensors in the file of each weight of the sound decoder: of a convolution, its directions and its magnitudes."""
+    names = {path: f"decoder.{path}" for path in by_path(decoder.weights)}
+    return {path: [f"{name}_v", f"{name}_g"] if path.endswith(".weight") else [name] for path, name in names.items()}
+
+
 def unused_tensors(config: TransformerConfig) -> dict[str, str]:
     """Published tensors of the transformer that generation does not need: name -> reason."""
     last = f"layers.{config.num_hidden_layers - 1}."
     dead = ("self_attn.to_q", "self_attn.norm_q", "self_attn.to_out", "post_attention_layernorm")
     mlp = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-    sound = ("audio_proj_in.weight", "audio_proj_in.bias", "audio_proj_out.weight", "audio_proj_out.bias")
+    sound = () if config.sound_gen else [name for name in GEN_NAMES.values() if name.startswith("audio_")]
     action = ("action_proj_in.fc", "action_proj_in.bias", "action_proj_out.fc", "action_proj_out.bias")
     return {
         "lm_head.weight": "predicts text, which is never asked for",
         "norm.weight": "of the text tower's output, which nothing reads",
         **{f"{last}{name}.weight": "of the last text layer, whose output nothing reads" for name in dead + mlp},
-        **dict.fromkeys((*sound, "audio_modality_embed"), "sound: not in this version"),
+        **dict.fromkeys(sound, "sound: this model has sound_gen=false"),
         **dict.fromkeys((*(f"{name}.weight" for name in action), "action_modality_embed"), "actions: not in this version"),
     }
 
 
+def sound_encoder(names: Iterable[str]) -> list[str]:
+    """Those tensors of a sound tokenizer that generation does not need; some files have them, some do not."""
+    return [name for name in names if name.startswith("encoder.")]
+
+
 def names_of(part: str, network: Network, config: TransformerConfig) -> dict[str, list[str]]:
-    """The tensors in the file of each weight of "und", "gen" or "vae"."""
-    if part == "vae":
-        return vae_file_names(network)
+    """The tensors in the file of each weight of "und", "gen", "vae" or "sound"."""
+    if part in ("vae", "sound"):
+        return (vae_file_names if part == "vae" else sound_file_names)(network)
     return file_names(UND_NAMES if part == "und" else GEN_NAMES, network, config.num_hidden_layers)
 
 
 def file_shapes(network: Network, names: Mapping[str, list[str]]) -> dict[str, tuple[int, ...]]:
     """What a file must hold for a network: shapes by tensor name."""
-    return {name: w.file_shape for path, w in by_path(network.weights).items() for name in names[path]}
+    shapes = {}
+    for path, w in by_path(network.weights).items():
+        for name in names[path]:
+            shapes[name] = (w.file_shape[0], 1, 1) if name.endswith("_g") else w.file_shape
+    return shapes
 
 
 class PublishedWeights:
@@ -125,10 +146,16 @@ class PublishedWeights:
         return self._opened[name]
 
     def audit(self, networks: Mapping[str, Network]) -> list[str]:
-        """What keeps `networks` ("und", "gen", "vae") from being read, a line each. Raises InputError for an older layout."""
+        """What keeps `networks` ("und", "gen", "vae", "sound") from being read, a line each.
+
+        Raises InputError for an older layout.
+        """
         lines = []
         for name in sorted({FOLDER_OF[part] for part in networks}):
-            files, unused = self._files(name), unused_tensors(self.config) if name == "transformer" else ()
+            files = self._files(name)
+            unused: Collection[str] = unused_tensors(self.config) if name == "transformer" else ()
+            if name == "sound_tokenizer":
+                unused = sound_encoder(files.tensors)
             expected: dict[str, tuple[int, ...]] = {}
             for part, network in networks.items():
                 if FOLDER_OF[part] == name:
@@ -180,12 +207,23 @@ class PublishedWeights:
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             for path, w in by_path(network.weights).items():
                 sources = [tensors[name] for name in names[path]]
+                yield path, place_weight(w, functools.partial(_fill, w, sources, pool, on_bytes))
 
-                def fill(buffer: np.ndarray, index: Index, w: Weight = w, sources: list[Tensor] = sources) -> None:
-                    for nbytes in pool.map(_copy, _blocks(buffer, index, w, sources)):
-                        on_bytes(nbytes)
 
-                yield path, place_weight(w, fill)
+def _fill(
+    w: Weight,
+    sources: list[Tensor],
+    pool: ThreadPoolExecutor,
+    on_bytes: Callable[[int], object],
+    buffer: np.ndarray,
+    index: Index,
+) -> None:
+    """Writes part of a weight: a tensor, one for each layer, or the directions and magnitudes of a convolution of the sound."""
+    normed = len(sources) == 2 and not is_stacked(w)
+    for nbytes in pool.map(_copy, _blocks(buffer, index, w, sources[:1] if normed else sources)):
+        on_bytes(nbytes)
+    if normed:
+        buffer *= scales(*(source.view() for source in sources))
 
 
 def _blocks(buffer: np.ndarray, index: Index, w: Weight, sources: list[Tensor]) -> Iterator[tuple]:
@@ -209,7 +247,8 @@ def _copy(block: tuple[np.ndarray, np.ndarray, Tensor]) -> int:
 def arrange(tensor: np.ndarray, w: Weight) -> np.ndarray:
     """A view of a tensor of a file in its weight's own layout.
 
-    A convolution is stored [out, in, (time,) height, width] and used as [height, width, (time x) in, out].
+    A convolution is stored [out, in, (time,) height, width] and used as [height, width, (time x) in, out]; one of sound is
+    stored [out, in, samples] and used as [samples, in, out], and a transposed one the other way round.
     """
     if tensor.ndim > 2:
         tensor = tensor.transpose(_convolution_axes(tensor.ndim))
@@ -225,4 +264,12 @@ def disarrange(value: np.ndarray, w: Weight) -> np.ndarray:
 
 
 def _convolution_axes(ndim: int) -> tuple[int, ...]:
-    return (*range(ndim - 2, ndim), *range(ndim - 3, -1, -1))
+    first = max(2, ndim - 2)
+    return (*range(first, ndim), *range(first - 1, -1, -1))
+
+
+def scales(v: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """What each slice v[i] is to be multiplied by for its length to be g[i] (weight norm along the first axis)."""
+    flat = v.reshape(len(v), -1)
+    length = [np.linalg.norm(rows.astype(np.float32), axis=1) for rows in np.array_split(flat, -(-len(flat) // 64))]
+    return g.reshape(-1).astype(np.float32) / np.concatenate(length)

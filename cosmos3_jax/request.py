@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cosmos3_jax.config import UNIPC, InputError, SchedulerConfig, TransformerConfig, VAEConfig
+from cosmos3_jax.config import UNIPC, InputError, SchedulerConfig, SoundConfig, TransformerConfig, VAEConfig
 from cosmos3_jax.prompt import STYLES, Metadata
 from cosmos3_jax.sampler import GRIDS
 
@@ -36,10 +36,10 @@ class Request:
     guidance_scale: float | None = None  # None: 6 for a video, 4 for an image; guidance is on above 1
     flow_shift: float | None = None  # None: 10 for a video, 3 for an image; no effect on "karras"
     sigmas: Literal["native", "linear", "karras"] = "native"  # noise levels (sampler.py)
-    enable_sound: bool = False  # not in this version
+    enable_sound: bool = False  # a soundtrack for the video, of a checkpoint that can make one
     seed: int = 42  # of the noise: the same seed gives the same noise on every machine
     latents: Any = None  # noise to use instead, [1, c, t, h, w]
-    sound_latents: Any = None  # not in this version
+    sound_latents: Any = None  # the sound's noise to use instead, [sound_dim, latents]
     prompt_style: Literal["native", "diffusers"] = "native"  # prompt.py
     output_type: Literal["np", "pil", "latent"] = "np"
     steps_per_call: int = 1  # denoising steps in one program
@@ -63,9 +63,17 @@ class ResolvedRequest(Request):
         """Whether there is an unconditional branch. Unlike diffusers, where any scale but 1 turns it on."""
         return self.guidance_scale > 1
 
+    def sound_frames(self, sound: SoundConfig | None) -> int:
+        """The number of latents of its sound; 0 without it."""
+        return sound.latent_frames(self.num_frames, self.fps) if sound is not None and self.enable_sound else 0
+
 
 def resolve(
-    request: Request, transformer: TransformerConfig, vae: VAEConfig, scheduler: SchedulerConfig = UNIPC
+    request: Request,
+    transformer: TransformerConfig,
+    vae: VAEConfig,
+    scheduler: SchedulerConfig = UNIPC,
+    sound: SoundConfig | None = None,
 ) -> ResolvedRequest:
     """The request with its defaults filled in. Raises InputError where a value cannot be used with this checkpoint."""
     if isinstance(request, ResolvedRequest):
@@ -73,11 +81,11 @@ def resolve(
     _check_types(request)
     _check_sizes(request, vae)
     _check_given(request, vae)
-    if request.enable_sound or request.sound_latents is not None:
-        able = "this version makes no sound yet" if transformer.sound_gen else "this checkpoint has no sound heads"
-        raise InputError(f"enable_sound: {able}; leave it out")
     if request.latents is not None:
-        _check_latents(request, vae)
+        shape = (1, vae.z_dim, *vae.latent_shape(request.num_frames, request.height, request.width))
+        _check_latents("latents", request.latents, shape)
+    if request.enable_sound or request.sound_latents is not None:
+        _check_sound(request, transformer, sound)
     if request.sigmas == "karras" and request.flow_shift is not None:
         warnings.warn(f'flow_shift={request.flow_shift} has no effect with sigmas="karras"', stacklevel=2)
     defaults = {"num_inference_steps": 50, "guidance_scale": 4.0, "flow_shift": 3.0} if request.num_frames == 1 else {}
@@ -128,6 +136,8 @@ def _check_types(request: Request) -> None:
         value = getattr(request, name)
         if not _is_within(value, low, high) and not (value is None and name != "fps"):
             raise InputError(f"{name}={value!r}: a number from {low} to {high} is expected")
+    if not isinstance(request.enable_sound, bool | np.bool_):
+        raise InputError(f"enable_sound={request.enable_sound!r}: True or False is expected")
     choices = {
         "sigmas": GRIDS,
         "prompt_style": STYLES,
@@ -140,18 +150,31 @@ def _check_types(request: Request) -> None:
             raise InputError(f"{name}={value!r}: one of {', '.join(allowed)} is expected")
 
 
-def _check_latents(request: Request, vae: VAEConfig) -> None:
-    """Finite numbers of the shape that the request's size has."""
-    expected = (1, vae.z_dim, *vae.latent_shape(request.num_frames, request.height, request.width))
+def _check_sound(request: Request, transformer: TransformerConfig, sound: SoundConfig | None) -> None:
+    """A checkpoint that can make sound, and time for it."""
+    if not request.enable_sound:
+        raise InputError("sound_latents without enable_sound: ask for sound, or leave them out")
+    if not transformer.sound_gen or sound is None:
+        lack = "sound tokenizer (or it was not loaded)" if transformer.sound_gen else "sound heads (sound_gen=false)"
+        raise InputError(f"enable_sound: this checkpoint has no {lack}; leave it out, or take Cosmos3-Nano or -Super")
+    frames = sound.latent_frames(request.num_frames, request.fps)
+    if frames < 1:
+        raise InputError(f"enable_sound: num_frames={request.num_frames} at fps={request.fps} are too short for any sound")
+    if request.sound_latents is not None:
+        _check_latents("sound_latents", request.sound_latents, (sound.vocoder_input_dim, frames))
+
+
+def _check_latents(name: str, value: Any, expected: tuple[int, ...]) -> None:
+    """Finite numbers of the shape that the request has."""
     try:
-        latents = np.asarray(request.latents)
+        latents = np.asarray(value)
         usable = latents.dtype.kind in "uif" and bool(np.isfinite(latents).all())
     except (TypeError, ValueError, RuntimeError):  # ragged lists; tensors that numpy cannot take
         usable = False
     if not usable:
-        raise InputError("latents: an array of finite real numbers is expected")
+        raise InputError(f"{name}: an array of finite real numbers is expected")
     if latents.shape != expected:
-        raise InputError(f"latents: shape {list(latents.shape)} should be {list(expected)}")
+        raise InputError(f"{name}: shape {list(latents.shape)} should be {list(expected)}")
 
 
 def _check_sizes(request: Request, vae: VAEConfig) -> None:

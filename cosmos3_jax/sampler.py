@@ -2,27 +2,31 @@
 
 UniPC (order 2, "bh2", on the prediction of the clean latents; Zhao et al. 2023, arXiv:2302.04867) is linear in the latents and
 in past predictions, with scalars known in advance. They are computed once in float64 on the host; a step on the device is three
-sums. The state is float32 whatever the network's dtype. Nothing here knows a network: `denoise` is handed a velocity function.
+sums, of video and sound alike. The state is float32 whatever the network's dtype. Nothing here knows a network: `denoise` is
+handed a velocity function.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.flatten_util import ravel_pytree
 
 from cosmos3_jax.axes import constrain
 from cosmos3_jax.config import SchedulerConfig
+from cosmos3_jax.latents import Latents
 
 GRIDS = ("native", "linear", "karras")
 
 Table = Any  # numpy on the host, traced inside jit
 
-Velocity = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
-"""(inputs, latents [t, h, w, c], timestep, is_given_t) -> velocity of each branch, float32 [B, t, h, w, c]."""
+Velocity = Callable[[Any, Latents, jax.Array, jax.Array], Latents]
+"""(inputs, latents, timestep, is_given_t) -> velocity of each branch, float32."""
 
 
 def sigma_grid(kind: str, count: int, flow_shift: float, config: SchedulerConfig) -> np.ndarray:
@@ -52,7 +56,7 @@ class Steps:
     guidance_scale: Table  # [n]
     corrector: Table  # [n, 5] of (sample, last corrected sample, prediction, the one before, the one before that)
     predictor: Table  # [n, 3] of (corrected sample, prediction, the one before)
-    fresh_thwc: Table = None  # [n, t, h, w, c] noise to add to the next sample, in a distilled checkpoint's stochastic steps
+    fresh: Table = None  # Latents with [n] in front: noise to add to the next sample, in a distilled checkpoint's steps
 
     def __len__(self) -> int:
         return len(self.timestep)
@@ -80,19 +84,24 @@ def unipc_steps(sigma: np.ndarray, guidance_scale: float = 1.0, num_train_timest
     return Steps(timestep, *(column.astype(np.float32) for column in columns))
 
 
-def distilled_steps(sigma: np.ndarray, noise: np.ndarray, num_train_timesteps: int = 1000) -> Steps:
+def distilled_steps(sigma: np.ndarray, noise: Latents, num_train_timesteps: int = 1000) -> Steps:
     """Stochastic steps over these noise levels: each goes to the prediction, and back up to the next level with fresh noise.
 
-    `noise` [n - 1, t, h, w, c] is drawn anew for each step but the last, which returns the prediction itself. There is no
-    guidance: it is in the weights. Source: diffusers 0.42.1, scheduling_flow_match_euler_discrete.py, `stochastic_sampling`.
+    `noise`, with [n - 1] before each shape, is drawn anew for each step but the last, which returns the prediction itself.
+    There is no guidance: it is in the weights. Source: diffusers 0.42.1, scheduling_flow_match_euler_discrete.py,
+    `stochastic_sampling`.
     """
     sigma = np.append(sigma, 0).astype(np.float32)
     count = len(sigma) - 1
     corrector, predictor = np.zeros((count, 5), np.float32), np.zeros((count, 3), np.float32)
     corrector[:, 0] = 1
     predictor[:, 1] = 1 - sigma[1:]
-    fresh = sigma[1:-1, None, None, None, None] * noise
-    fresh = np.concatenate([fresh, np.zeros((1, *noise.shape[1:]), np.float32)])
+
+    def scaled(x: np.ndarray) -> np.ndarray:
+        levels = sigma[1:-1].reshape(-1, *[1] * (x.ndim - 1))
+        return np.concatenate([levels * x, np.zeros((1, *x.shape[1:]), np.float32)])
+
+    fresh = jax.tree.map(scaled, noise)
     # Unlike UniPC's, these timesteps are not cut off to whole numbers.
     return Steps(
         sigma[:-1] * np.float32(num_train_timesteps), sigma[:-1], np.ones(count, np.float32), corrector, predictor, fresh
@@ -130,19 +139,24 @@ class Given:
     latents_thwc: jax.Array
     is_given_t: jax.Array
 
-    def write(self, x_thwc: jax.Array) -> jax.Array:
-        """`x` with the given frames written into it."""
-        return jnp.where(self.is_given_t[:, None, None, None], self.latents_thwc, x_thwc)
+    def write(self, x: Latents) -> Latents:
+        """`x` with the given frames written into its video."""
+        return dataclasses.replace(x, video=jnp.where(self.is_given_t[:, None, None, None], self.latents_thwc, x.video))
 
 
 @struct.dataclass
 class State:
-    """The sampler between two steps, all float32 [t, h, w, c]."""
+    """The sampler between two steps, all float32."""
 
-    sample: jax.Array  # what the network sees next: the predictor's output
-    corrected: jax.Array  # the last corrected sample
-    prediction: jax.Array  # the last predicted clean latents, and those before
-    prediction_before: jax.Array
+    sample: Latents  # what the network sees next: the predictor's output
+    corrected: Latents  # the last corrected sample
+    prediction: Latents  # the last predicted clean latents, and those before
+    prediction_before: Latents
+
+
+def meet(velocity: Latents) -> jax.Array:
+    """The branches' velocities on every device, video and sound in one row: [B, values]. One all-gather for both."""
+    return constrain(jax.vmap(lambda branch: ravel_pytree(branch)[0])(velocity), "")
 
 
 def guide(velocity_B: jax.Array, scale: jax.Array) -> jax.Array:
@@ -152,18 +166,21 @@ def guide(velocity_B: jax.Array, scale: jax.Array) -> jax.Array:
     return velocity_B[1] + scale * (velocity_B[0] - velocity_B[1])
 
 
-def advance(state: State, step: Steps, velocity_thwc: jax.Array, given: Given) -> State:
+def combine(coefficients: Sequence[Any] | jax.Array, *terms: Latents) -> Latents:
+    """The sum of `terms`, each times its coefficient."""
+    return jax.tree.map(lambda *xs: sum(c * x for c, x in zip(coefficients, xs, strict=True)), *terms)
+
+
+def advance(state: State, step: Steps, velocity: Latents, given: Given) -> State:
     """One UniPC step: predict the clean latents, correct this sample with them, predict the next sample.
 
     All of it is elementwise, so that what it makes of given frames stays there, and is written over.
     """
-    prediction = state.sample - step.sigma * velocity_thwc
-    a, p = step.corrector, step.predictor
-    corrected = a[0] * state.sample + a[1] * state.corrected
-    corrected += a[2] * prediction + a[3] * state.prediction + a[4] * state.prediction_before
-    sample = p[0] * corrected + p[1] * prediction + p[2] * state.prediction
-    if step.fresh_thwc is not None:
-        sample += step.fresh_thwc
+    prediction = combine((1, -step.sigma), state.sample, velocity)
+    corrected = combine(step.corrector, state.sample, state.corrected, prediction, state.prediction, state.prediction_before)
+    sample = combine(step.predictor, corrected, prediction, state.prediction)
+    if step.fresh is not None:
+        sample = combine((1, 1), sample, step.fresh)
     return State(given.write(sample), corrected, prediction, state.prediction)
 
 
@@ -172,37 +189,38 @@ def run_steps(velocity: Velocity, inputs: Any, state: State, steps: Steps, given
     """The state after `steps`, and a scalar that is ready when the state is (the state itself is donated onwards)."""
 
     def body(state: State, step: Steps) -> tuple[State, None]:
-        velocity_B = constrain(velocity(inputs, state.sample, step.timestep, given.is_given_t), "")  # the branches meet
-        return advance(state, step, guide(velocity_B, step.guidance_scale), given), None
+        velocity_B = meet(velocity(inputs, state.sample, step.timestep, given.is_given_t))
+        _, as_latents = ravel_pytree(state.sample)
+        return advance(state, step, as_latents(guide(velocity_B, step.guidance_scale)), given), None
 
     state, _ = jax.lax.scan(body, state, steps)
     state = jax.tree.map(lambda x: constrain(x, ""), state)  # placed as it came, so that no step compiles again
-    return state, state.sample[0, 0, 0, 0]
+    return state, state.sample.video[0, 0, 0, 0]
 
 
 OnStep = Callable[[int, jax.Array], jax.Array | bool | None]
-"""(index of the last step done, a copy of its latents) -> new latents, False to stop, or None."""
+"""(index of the last step done, a copy of its video latents) -> new ones, False to stop, or None."""
 
 
 def denoise(
     velocity: Velocity,
     inputs: Any,
-    noise_thwc: jax.Array,
+    noise: Latents,
     given: Given,
     steps: Steps,
     *,
     steps_per_call: int = 1,
     on_step: OnStep | None = None,
     on_progress: Callable[[int], object] = lambda done: None,
-) -> jax.Array:
-    """The latents after all `steps`, float32 [t, h, w, c].
+) -> Latents:
+    """The latents after all `steps`, float32.
 
     `velocity` must be the same (hashable) function in every call, for its compiled program to be found again; `inputs` is
     whatever it needs. `steps_per_call` steps run in one program; `on_step` is called after each such call, `on_progress` with
     the number of steps done, a call late, so that the device always has work.
     """
-    zeros = jnp.zeros_like(noise_thwc)
-    state = State(given.write(noise_thwc), zeros, jnp.copy(zeros), jnp.copy(zeros))  # each is donated, so no two are one
+    nothing = [jax.tree.map(jnp.zeros_like, noise) for _ in range(3)]  # each is donated, so no two are one
+    state = State(given.write(noise), *nothing)
     done, running = 0, None
     while done < len(steps):
         rows = steps[done : done + steps_per_call]
@@ -211,11 +229,12 @@ def denoise(
             jax.block_until_ready(running)
             on_progress(done)
         done, running = done + len(rows), ready
-        answer = on_step(done - 1, jnp.copy(state.sample)) if on_step is not None else None
+        answer = on_step(done - 1, jnp.copy(state.sample.video)) if on_step is not None else None
         if answer is False:
             break
         if answer is not None and answer is not True:
-            state = state.replace(sample=given.write(jnp.asarray(answer, jnp.float32)))
+            sample = dataclasses.replace(state.sample, video=jnp.asarray(answer, jnp.float32))
+            state = dataclasses.replace(state, sample=given.write(sample))
     jax.block_until_ready(state)
     on_progress(done)
     return state.sample

@@ -58,10 +58,12 @@ def vector(config: TransformerConfig, dim: str, *, mean: float = 0.0, float32: b
     return Weight(value, dims=dim, file_shape=shape, mean=mean, std=0.0, float32=float32)
 
 
-def plain(shape: tuple[int, ...], *, file_shape: tuple[int, ...], mean: float = 0.0, std: float = 0.0) -> Weight:
-    """A weight without letters (a convolution of the VAE), whole on every device, laid out otherwise than in the file."""
+def plain(
+    shape: tuple[int, ...], *, file_shape: tuple[int, ...], mean: float = 0.0, std: float = 0.0, float32: bool = False
+) -> Weight:
+    """A weight without letters (a convolution of a decoder), whole on every device, laid out otherwise than in the file."""
     value = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return Weight(value, dims="", file_shape=file_shape, mean=mean, std=std, float32=False)
+    return Weight(value, dims="", file_shape=file_shape, mean=mean, std=std, float32=float32)
 
 
 def map_weights(function: Callable[[str, Weight], Any], tree: nnx.State) -> nnx.State:

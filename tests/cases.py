@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
-from cosmos3_jax.config import TINY, TINY_VAE
+from cosmos3_jax.config import TINY, TINY_SOUND, TINY_VAE
 
 # small: as many key/value heads as query heads; wide: grouped-query attention as in Nano; edge: the Edge family
 FAMILIES = {
@@ -68,8 +68,16 @@ CASES = {
     "one_step": BASE | {"prompt": "ocean", "num_inference_steps": 1, "negative_prompt": "rain"},
     "many_steps": BASE | {"num_inference_steps": 12, "sigmas": "native", "flow_shift": 5.0},
 }
+# With sound, which counts its own frames whatever those of the video.
+SOUND_CASES = {
+    f"{mode}_with_sound_at_{fps}": CASES[mode] | {"enable_sound": True, "fps": float(fps)}
+    for mode in ("text_to_video", "image_to_video")
+    for fps in (12, 24, 30)
+}
+CASES |= SOUND_CASES
+SOUND_LENGTHS = (1, 7, 200)  # latents that the sound decoder is tried on
 # A four-step checkpoint has its own noise levels and no guidance; this one counts its frames in sixteenths, as I2V-4Step does.
-DISTILLED = dataclasses.replace(FAMILIES["wide"], base_fps=16.0)
+DISTILLED = dataclasses.replace(FAMILIES["wide"], base_fps=16.0, sound_gen=False, sound_dim=None)
 DISTILLED_BASE = {name: BASE[name] for name in ("prompt", "num_frames", "height", "width", "seed", "prompt_style")}
 DISTILLED_CASES = {
     "text_to_video": DISTILLED_BASE,
@@ -77,7 +85,14 @@ DISTILLED_CASES = {
     "image_to_video": DISTILLED_BASE | {"image": IMAGE},
     "video_to_video": DISTILLED_BASE | {"video": CLIP, "fps": 16.0},
 }
-BF16_CASES = ("text_to_video", "text_to_image", "image_to_video", "video_to_video", "no_guidance")
+BF16_CASES = (
+    "text_to_video",
+    "text_to_image",
+    "image_to_video",
+    "video_to_video",
+    "no_guidance",
+    "text_to_video_with_sound_at_24",
+)
 
 TEXT, GRID = 7, (2, 2, 3)  # one transformer layer: text tokens; frames, rows and columns of vision tokens
 CHUNKS = 2  # one block of the VAE: chunks after the first frame
@@ -105,3 +120,13 @@ def layer_inputs(width: int) -> tuple[np.ndarray, ...]:
 def block_inputs(channels: int, frames: int) -> np.ndarray:
     """Random frames [1 + CHUNKS x frames, 4, 6, channels]."""
     return np.random.RandomState(13).standard_normal((1 + CHUNKS * frames, 4, 6, channels)).astype(np.float32)
+
+
+def sound_latents(length: int) -> np.ndarray:
+    """Random sound latents [length, channels]."""
+    return np.random.RandomState(17).standard_normal((length, TINY_SOUND.vocoder_input_dim)).astype(np.float32)
+
+
+def outputs_of(case: str) -> tuple[str, ...]:
+    """What a case gives."""
+    return ("latents", "video", *(("sound_latents", "sound") if case in SOUND_CASES else ()))

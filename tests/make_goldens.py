@@ -31,6 +31,8 @@ class Live:
             return reference.blocks(_load(self.folders("small")))
         if name == "media":
             return reference.fitted(cases.IMAGE, cases.CLIP[:1], cases.SIZES)
+        if name == "sound":
+            return reference.sounds(_load(self.folders("small")))
         return Family(self.folders(name))
 
 
@@ -50,13 +52,13 @@ class Family:
         exact = _run(self.folder, "float32", case)[output]
         if bf16:
             return errors(_run(self.folder, "bfloat16", case)[output], exact)
-        return sample(exact) if output == "video" else exact
+        return sample(exact) if output in ("video", "sound") else exact
 
 
 def keys() -> list[str]:
     """All that a family's file holds."""
-    outputs = [f"{case}.{output}" for case in cases.CASES for output in ("latents", "video")]
-    bf16 = [f"{case}.{output}.bf16" for case in cases.BF16_CASES for output in ("latents", "video")]
+    outputs = [f"{case}.{output}" for case in cases.CASES for output in cases.outputs_of(case)]
+    bf16 = [f"{case}.{output}.bf16" for case in cases.BF16_CASES for output in cases.outputs_of(case)]
     return [f"layer.{output}" for output in ("und", "gen", "cos", "sin")] + outputs + bf16
 
 
@@ -90,7 +92,7 @@ def main() -> None:
         write_checkpoint(folder("distilled"), cases.DISTILLED, cases.VAE, distilled=True)
         distilled = [f"{case}.{output}" for case in cases.DISTILLED_CASES for output in ("latents", "video")]
         files |= {"distilled": {key: live("distilled")[key] for key in distilled}}
-        files |= {name: live(name) for name in ("vae", "media")}
+        files |= {name: live(name) for name in ("vae", "media", "sound")}
     for name, arrays in files.items():
         np.savez_compressed(GOLDENS / f"{name}.npz", versions=np.array(json.dumps(reference.VERSIONS)), **arrays)
 

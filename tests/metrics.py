@@ -11,15 +11,15 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def outputs(pipe: Cosmos3Pipeline, case: dict) -> dict[str, np.ndarray]:
-    """Latents [1, c, t, h, w] after the last step, and the sample of the frames that is recorded."""
-    steps = []
-    result = pipe(**case, callback_on_step_end=lambda _step, _timestep, x: steps.append(np.asarray(x)), progress=False)
-    return {"latents": steps[-1], "video": sample(result.video)}
+    """Latents after the last step, and the sample of the frames that is recorded; of the sound likewise."""
+    latents, result = (pipe(**case, output_type=kind, progress=False) for kind in ("latent", "np"))
+    made = {"latents": latents.video, "video": sample(result.video)}
+    return made if result.sound is None else made | {"sound_latents": latents.sound, "sound": sample(result.sound)}
 
 
-def sample(video: np.ndarray) -> np.ndarray:
-    """A 41st of the frames' values, spread evenly: what is worth keeping of them."""
-    return video.reshape(-1)[::41]
+def sample(x: np.ndarray) -> np.ndarray:
+    """A 41st of the values of frames or of a sound, spread evenly: what is worth keeping of them."""
+    return x.reshape(-1)[::41]
 
 
 def errors(x: np.ndarray, exact: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from unittest import mock
 
 import cases
 import numpy as np
+from metrics import sample
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -37,7 +38,7 @@ def load(folder: Path, dtype: str = "float32") -> Cosmos3OmniPipeline:
 
 
 def run(pipe: Cosmos3OmniPipeline, case: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Latents [1, C, t, h, w] after the last step and frames [t, h, w, 3] of a case, float32."""
+    """Latents [1, C, t, h, w] after the last step and frames [t, h, w, 3] of a case, float32; of sound [C, s] and [c, n]."""
     case = {key: value for key, value in case.items() if key != "prompt_style"}
     sigmas, seed = case.pop("sigmas"), case.pop("seed")
     shift = case.pop("flow_shift", 10.0)
@@ -45,19 +46,29 @@ def run(pipe: Cosmos3OmniPipeline, case: dict[str, Any]) -> dict[str, np.ndarray
         pipe.scheduler.config, flow_shift=shift, use_karras_sigmas=sigmas == "karras"
     )
     pipe.register_to_config(use_native_flow_schedule=sigmas == "native")
-    latents = {}
+    latents, decode_sound = {}, pipe.decode_sound
 
     def keep(_pipe, _step, _timestep, values):
-        latents["last"] = values["latents"]
+        latents["latents"] = values["latents"]
         return values
+
+    def keep_sound(x):
+        latents["sound_latents"] = x
+        return decode_sound(x)
 
     def noise(shape, **_):
         return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
-    with torch.inference_mode(), mock.patch.object(omni, "randn_tensor", noise), warnings.catch_warnings():
+    with (
+        torch.inference_mode(),
+        mock.patch.object(omni, "randn_tensor", noise),
+        mock.patch.object(pipe, "decode_sound", keep_sound),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         result = pipe(**case, output_type="np", callback_on_step_end=keep, enable_safety_check=False)
-    return {"latents": latents["last"].float().numpy(), "video": np.asarray(result.video, np.float32)}
+    outputs = {name: x.float().numpy() for name, x in latents.items()} | {"video": np.asarray(result.video, np.float32)}
+    return outputs if result.sound is None else outputs | {"sound": result.sound.float().numpy()}
 
 
 def load_distilled(folder: Path, dtype: str = "float32") -> Cosmos3DistilledModularPipeline:
@@ -118,6 +129,16 @@ def blocks(pipe: Cosmos3OmniPipeline) -> dict[str, np.ndarray]:
             with torch.inference_mode():
                 out.append(block(x[:, :, start:stop], feat_cache=cache, feat_idx=[0], **first))
         outputs[name] = np.moveaxis(torch.cat(out, dim=2)[0].numpy(), 0, -1)
+    return outputs
+
+
+def sounds(pipe: Cosmos3OmniPipeline) -> dict[str, np.ndarray]:
+    """The sound decoder alone: of latents of each length, samples [channels, n], one in 41."""
+    outputs = {}
+    for length in cases.SOUND_LENGTHS:
+        with torch.inference_mode():
+            wave = pipe.decode_sound(torch.from_numpy(cases.sound_latents(length).T)).numpy()
+        outputs[str(length)] = sample(wave)
     return outputs
 
 

@@ -33,7 +33,7 @@ def ours(pipes):
 def test_equals_reference(family, case, ours, goldens):
     # Both sides add float32 in other orders; over four guided steps that comes to about 1e-5 of the standard deviation.
     expected = goldens(family)
-    for output in ("latents", "video"):
+    for output in cases.outputs_of(case):
         assert errors(ours(family, "float32", case)[output], expected[f"{case}.{output}"])[1] < 5e-5
 
 
@@ -48,7 +48,7 @@ def test_distilled_equals_reference(case, ours, goldens):
 def test_bf16_errs_no_more_than_the_reference(family, case, ours, goldens):
     # Errors against the float32 reference, ours over the reference's own: rms, which is stable, and the largest, which is not.
     expected = goldens(family)
-    for output in ("latents", "video"):
+    for output in cases.outputs_of(case):
         error = errors(ours(family, "bfloat16", case)[output], expected[f"{case}.{output}"])
         rms, largest = error / expected[f"{case}.{output}.bf16"]
         assert rms < 1.25

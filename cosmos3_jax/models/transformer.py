@@ -14,6 +14,7 @@ from flax import nnx, struct
 
 from cosmos3_jax.axes import constrain
 from cosmos3_jax.config import TransformerConfig
+from cosmos3_jax.latents import Latents
 from cosmos3_jax.models.layers import MLP, RMSNorm, Rotary, TimestepEmbedding, attention, rotate
 from cosmos3_jax.weights import stack, vector, weight
 
@@ -124,25 +125,53 @@ class GenLayer(nnx.Module):
         return constrain(x_BGD + self.mlp(self.mlp_norm(x_BGD)), "BGD")
 
 
+class Heads(nnx.Module):
+    """From the channels of one modality's latents to tokens, and from tokens to their velocity; `channels` is a letter."""
+
+    def __init__(self, config: TransformerConfig, channels: str):
+        self.w_in = weight(config, "D" + channels)
+        self.b_in = vector(config, "D")
+        self.w_out = weight(config, channels + "D")
+        self.b_out = vector(config, channels)
+
+    def tokens(self, x_GC: jax.Array) -> jax.Array:
+        """[G, D] of latents in any dtype."""
+        return x_GC.astype(self.w_in.dtype) @ self.w_in[...].T + self.b_in[...]
+
+    def velocity(self, x_BGD: jax.Array) -> jax.Array:
+        """[B, G, C]. Unlike diffusers: float32, because guidance multiplies the rounding of each branch."""
+        velocity_BGC = jnp.einsum("BGD,CD->BGC", x_BGD, self.w_out[...], preferred_element_type=jnp.float32)
+        return velocity_BGC + self.b_out[...].astype(jnp.float32)
+
+
+class SoundHeads(Heads):
+    """Those of sound, whose tokens are marked as such."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config, "A")
+        self.mark = vector(config, "D")
+
+    def tokens(self, x_GC: jax.Array) -> jax.Array:
+        return super().tokens(x_GC) + self.mark[...]
+
+
 class GenTower(nnx.Module):
-    """The generating tower, from noisy latents to their velocity."""
+    """The generating tower, from noisy latents to their velocity. Tokens are the video's patches, then the sound's latents."""
 
     def __init__(self, config: TransformerConfig):
         self.patch_size = config.latent_patch_size
-        self.w_in = weight(config, "DC")
-        self.b_in = vector(config, "D")
+        self.vision = Heads(config, "C")
+        self.sound = SoundHeads(config) if config.sound_gen else None
         self.timestep_embedding = TimestepEmbedding(config)
         self.layers = stack(config.num_hidden_layers, GenLayer(config))
         self.norm = RMSNorm(config, "D")
-        self.w_out = weight(config, "CD")
-        self.b_out = vector(config, "C")
 
     def velocity(
-        self, x_thwc: jax.Array, timestep: jax.Array, is_given_t: jax.Array, rotary: Rotary, prefix: Prefix, *, unroll: int = 1
-    ) -> jax.Array:
-        """The velocity, float32 [B, t, h, w, c], of latents that all branches share.
+        self, x: Latents, timestep: jax.Array, is_given_t: jax.Array, rotary: Rotary, prefix: Prefix, *, unroll: int = 1
+    ) -> Latents:
+        """The velocity, float32, [B] in front, of latents that all branches share.
 
-        `timestep` in [0, 1000]. A given latent frame is clean and gets no timestep embedding.
+        `timestep` in [0, 1000]. A given latent frame is clean and gets no timestep embedding; sound is never given.
         """
         graph, weights = nnx.split(self.layers)
 
@@ -150,15 +179,19 @@ class GenTower(nnx.Module):
             w, k_BSKH, v_BSKH = inputs
             return nnx.merge(graph, w)(x_BGD, rotary, Prefix(k_BSKH, v_BSKH, prefix.length_B)), None
 
-        x_GC = patchify(x_thwc.astype(self.w_in.dtype), self.patch_size)
-        x_GD = x_GC @ self.w_in[...].T + self.b_in[...]
-        is_given_G = jnp.repeat(is_given_t, x_GD.shape[0] // is_given_t.shape[0])
+        x_GD = self.vision.tokens(patchify(x.video, self.patch_size))
+        patches = x_GD.shape[0]
+        is_given_G = jnp.repeat(is_given_t, patches // is_given_t.shape[0])
+        if x.sound is not None:
+            assert self.sound is not None
+            x_GD = jnp.concatenate([x_GD, self.sound.tokens(x.sound)])
+            is_given_G = jnp.pad(is_given_G, (0, x.sound.shape[0]))
         x_GD += jnp.where(is_given_G[:, None], 0, self.timestep_embedding(timestep).astype(x_GD.dtype))
         x_BGD = constrain(jnp.broadcast_to(x_GD, (prefix.length_B.shape[0], *x_GD.shape)), "BGD")
         x_BGD, _ = jax.lax.scan(layer, x_BGD, (weights, prefix.k, prefix.v), unroll=unroll)
-        # Unlike diffusers: float32, because guidance multiplies the rounding of each branch.
-        velocity_BGC = jnp.einsum("BGD,CD->BGC", self.norm(x_BGD), self.w_out[...], preferred_element_type=jnp.float32)
-        return unpatchify(velocity_BGC + self.b_out[...].astype(jnp.float32), x_thwc.shape, self.patch_size)
+        x_BGD = self.norm(x_BGD)
+        video = unpatchify(self.vision.velocity(x_BGD[:, :patches]), x.video.shape, self.patch_size)
+        return Latents(video, self.sound.velocity(x_BGD[:, patches:]) if self.sound and x.sound is not None else None)
 
 
 def patchify(x_thwc: jax.Array, size: int) -> jax.Array:
