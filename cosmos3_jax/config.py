@@ -34,8 +34,9 @@ def _fields(cls: type, file: str, json: Mapping[str, Any]) -> dict[str, Any]:
         value = tuple(value) if isinstance(value, list) else value
         if type(field.default) is float and type(value) is int:
             value = float(value)
-        if field.default is not None and not _alike(value, field.default):
-            raise InputError(f"{file}: {field.name}={_short(value)} is not of the type of {_short(field.default)}")
+        if not (type(value) is int if field.default is None else _alike(value, field.default)):
+            kind = "a whole number" if field.default is None else f"of the type of {_short(field.default)}"
+            raise InputError(f"{file}: {field.name}={_short(value)} is not {kind}")
         if type(value) in (int, float) and not (0 < value <= MOST.get(field.name, 1e9) or value == 0 == LEAST.get(field.name)):
             raise InputError(f"{file}: {field.name}={value!r} should be above 0 and at most {MOST.get(field.name, 1e9):.0f}")
         known[field.name] = value
@@ -259,12 +260,10 @@ class SoundConfig:
             quantization_config=None,
         )
         config = cls(**_fields(cls, file, json))
-        if config.hop_size is not None and type(config.hop_size) is not int:
-            raise InputError(f"{file}: hop_size={_short(config.hop_size)} is not a whole number")
         whole = (*config.dec_c_mults, *config.dec_strides)
-        if not whole or min(whole) < 1 or len(config.dec_c_mults) != len(config.dec_strides):
+        if not whole or min(whole) < 1 or len(config.dec_c_mults) != len(config.dec_strides) or len(config.dec_strides) > 16:
             raise InputError(
-                f"{file}: dec_c_mults={_short(config.dec_c_mults)} should be whole numbers above 0, as many as "
+                f"{file}: dec_c_mults={_short(config.dec_c_mults)} should be whole numbers above 0, at most 16 and as many as "
                 f"dec_strides={_short(config.dec_strides)}"
             )
         return config

@@ -5,9 +5,7 @@
 | cosmos3_jax.json         | what this is, which stores there are, and the dtype, if one was chosen |
 | weights/und, gen, vae    | a store (array_store.py) for each network: its weights by their path, layers stacked |
 | weights/unused           | tensors of the transformer that nothing reads, by published name, so that nothing is lost |
-| weights/sound_tokenizer  | all of the sound tokenizer's, likewise |
-
-The sound tokenizer's encoder and its weight norms in two parts would be lost otherwise.
+| weights/sound_tokenizer  | all of the sound tokenizer's, likewise: also its encoder, and both parts of weight norms |
 """
 
 import math
@@ -69,20 +67,22 @@ class ConvertedWeights:
         """What keeps `networks` ("und", "gen", "vae", "sound") from being read, a line each."""
         absent = [part for part in networks if STORE_OF[part] not in self.stores]
         lines = [f"{part}: not in this folder, which was made with --only; convert all of it" for part in absent]
-        for store in self.stores:
-            self.contents(store)  # that all of them can be read
+        for store in self.stores:  # that all can be read; the sound tokenizer, if it is to be
+            if store != STORE_OF["sound"] or "sound" in networks:
+                self.contents(store)
         strange = self.contents("unused").keys() - unused_tensors(self.config).keys()
         lines += [f"unused: unexpected: {name}" for name in sorted(strange)]
         for part, network in networks.items():
             if part in absent:
                 continue
             found = self.contents(STORE_OF[part])
-            expected = {path: w.shape for path, w in _stored(network).items()}
+            shapes = {name: shape for name, (shape, _) in found.items()}
             if part == "sound":
-                expected = file_shapes(network, names_of(part, network, self.config))
-            shapes = {path: shape for path, (shape, _) in found.items()}
-            odd = [f"odd kind: {path} is {dtype}" for path, (_, dtype) in sorted(found.items()) if dtype.name not in KINDS]
-            lines += [f"{STORE_OF[part]}: {line}" for line in audit(expected, shapes, sound_encoder(shapes)) + odd]
+                faults = audit(file_shapes(network, names_of(part, network, self.config)), shapes, sound_encoder(shapes))
+            else:
+                faults = audit({path: w.shape for path, w in _stored(network).items()}, shapes, ())
+            odd = [f"odd kind: {name} is {dtype}" for name, (_, dtype) in sorted(found.items()) if dtype.name not in KINDS]
+            lines += [f"{STORE_OF[part]}: {line}" for line in faults + odd]
         return lines
 
     def read(self, part: str, network: Network, on_bytes: Callable[[int], object]) -> Iterator[tuple[str, jax.Array]]:

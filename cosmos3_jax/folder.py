@@ -1,6 +1,7 @@
 """The plain files of a checkpoint folder: JSON, and nothing that lies elsewhere."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a key comes twice")
     return found
+
+
+def readable(path: Path) -> None:
+    """Gives a file the permissions that a new one has here; those made under a temporary name are for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -25,16 +25,18 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from cosmos3_jax.config import InputError
+from cosmos3_jax.folder import readable
 
 VIDEO_SUFFIXES = (".mp4",)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SOUND_SUFFIXES = (".wav",)
 AAC_RATES = (7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 AAC_FRAME = 1024  # samples
-# Of a sound that may be anything, noise too: no part is replaced by noise (pns), and no channel by a mixture (is, ms). The
-# coder "fast" alone spends the bits that it is given also on short and quiet sounds.
-AAC_OPTIONS = ["-aac_coder", "fast", "-aac_pns", "0", "-aac_is", "0", "-aac_ms", "0", "-aac_tns", "0"]
-AAC_BITS = 6  # a sample, the most that AAC takes; music needs four, and white noise five for a correlation of 0.995
+# Of a sound that may be anything, noise too: no part is replaced by noise (pns), no channel by a mixture (is, ms), and six bits
+# a sample are the most that AAC takes; music needs four, and white noise five for a correlation of 0.995.
+AAC_OPTIONS = ("-aac_pns", "0", "-aac_is", "0", "-aac_ms", "0", "-aac_tns", "0")
+AAC_BITS = 6
+AAC_CODERS = ("twoloop", "fast")  # of ffmpeg; the first spends too little on short sounds, the second cuts loud tones
 
 
 class Sound(NamedTuple):
@@ -200,38 +202,42 @@ def write(path: Path, frames: np.ndarray, fps: float, sound: Sound | None = None
     check_writable(path, len(frames), has_sound=sound is not None)
     if sound is not None and not np.isfinite(sound.wave_cn).all():
         raise InputError(f"{path}: the sound has values that are no numbers")
+    if sound is not None and len(sound.wave_cn) > 2 and path.suffix.lower() in VIDEO_SUFFIXES:
+        raise InputError(f"{path}: one or two channels are written beside a video, not {len(sound.wave_cn)}; write a .wav")
     try:
         with _beside(path) as partial:
             if path.suffix.lower() in IMAGE_SUFFIXES:
                 Image.fromarray(frames[0]).save(partial, quality=95)
             elif path.suffix.lower() in SOUND_SUFFIXES:
                 assert sound is not None
-                _write_pcm(partial, sound)
+                _write_wav(partial, sound)
             else:
                 _encode(partial, frames, fps, sound)
     except OSError as error:
         raise InputError(f"{path}: could not be written ({error})") from error
 
 
-def _write_pcm(path: Path, sound: Sound) -> None:
-    """A .wav of what the sound has within [-1, 1]."""
+def _write_wav(path: Path, sound: Sound) -> None:
     with wave.open(str(path), "wb") as file:
         file.setnchannels(len(sound.wave_cn))
         file.setsampwidth(2)
         file.setframerate(sound.sample_rate)
-        file.writeframes(np.rint(np.clip(sound.wave_cn, -1, 1) * 32767).astype("<i2").T.tobytes())
+        file.writeframes(_pcm(sound))
+
+
+def _pcm(sound: Sound) -> bytes:
+    """16-bit samples of what is within [-1, 1], the channels in turn."""
+    return np.rint(np.clip(sound.wave_cn, -1, 1) * 32767).astype("<i2").T.tobytes()
 
 
 def _encode(path: Path, frames: np.ndarray, fps: float, sound: Sound | None) -> None:
+    """Raises OSError if not all of it was written: ffmpeg may fail as it is closed, and imageio does not say so."""
     with _quiet_fork(), tempfile.TemporaryDirectory() as scratch:
         audio: dict[str, str] = {}
-        audio_options: list[str] = []
         if sound is not None:
-            sound = Sound(_fit_length(sound.wave_cn, round(len(frames) / fps * sound.sample_rate)), sound.sample_rate)
-            _write_pcm(Path(scratch, "sound.wav"), sound)
-            audio = {"audio_path": str(Path(scratch, "sound.wav")), "audio_codec": "aac"}
-            rate = _aac_rate(sound.sample_rate)
-            audio_options = [*AAC_OPTIONS, "-ar", str(rate), "-b:a", str(AAC_BITS * rate * len(sound.wave_cn))]
+            samples = round(len(frames) / fps * sound.sample_rate)
+            sound = Sound(_fit_length(sound.wave_cn, samples), sound.sample_rate)
+            audio = {"audio_path": str(_encode_sound(Path(scratch), sound)), "audio_codec": "copy"}
         imageio.imwrite(
             path,
             frames,
@@ -241,40 +247,56 @@ def _encode(path: Path, frames: np.ndarray, fps: float, sound: Sound | None) -> 
             pixelformat="yuv420p",
             quality=8,  # of 10
             macro_block_size=1,  # do not resize: sizes are multiples of 16 already
-            output_params=["-movflags", "+faststart", *audio_options],
-            ffmpeg_log_level="error",
+            output_params=["-movflags", "+faststart"],
             **audio,
         )
         try:
             written, _ = imageio_ffmpeg.count_frames_and_secs(path)
         except RuntimeError:
             written = 0
-        heard = _count_samples(path, len(sound.wave_cn)) if sound is not None and written else 0
-    # ffmpeg may fail as it is closed, and imageio does not say so
-    if written != len(frames):
-        raise OSError(f"ffmpeg wrote {written} of {len(frames)} frames; is the disk full?")
-    if sound is not None:
-        samples = sound.wave_cn.shape[1] * _aac_rate(sound.sample_rate) // sound.sample_rate
-        if not -16 <= heard - samples < AAC_FRAME:  # resampled; some ffmpegs decode the last frame whole
-            raise OSError(f"ffmpeg wrote {heard} of {samples} samples of sound; is the disk full?")
+        if written != len(frames):
+            raise OSError(f"ffmpeg wrote {written} of {len(frames)} frames; is the disk full?")
+        if sound is not None:
+            _heard(path, sound)
+
+
+def _encode_sound(folder: Path, sound: Sound) -> Path:
+    """A file in `folder` with the sound as AAC, by the coder that loses less of it."""
+    rate = next((rate for rate in AAC_RATES if rate >= sound.sample_rate), AAC_RATES[-1])
+    channels = str(len(sound.wave_cn))
+    source = ["-f", "s16le", "-ar", str(sound.sample_rate), "-ac", channels, "-i", "-"]
+    aac = ["-c:a", "aac", "-ar", str(rate), "-b:a", str(AAC_BITS * rate * len(sound.wave_cn)), *AAC_OPTIONS]
+    lost = {}
+    for coder in AAC_CODERS:
+        file = folder / f"{coder}.m4a"
+        _ffmpeg(*source, *aac, "-aac_coder", coder, str(file), given=_pcm(sound))
+        lost[file] = np.square(_heard(file, sound) - np.clip(sound.wave_cn, -1, 1)).sum()
+    return min(lost, key=lambda file: lost[file])
+
+
+def _heard(path: Path, sound: Sound) -> np.ndarray:
+    """The sound that a file decodes to, [channels, samples]. Raises OSError if it is shorter or longer than `sound`."""
+    channels, samples = sound.wave_cn.shape
+    pcm = _ffmpeg("-i", str(path), "-map", "0:a:0", "-f", "f32le", "-ar", str(sound.sample_rate), "-")
+    heard = np.frombuffer(pcm, np.float32).reshape(-1, channels).T
+    if not samples - 16 <= heard.shape[1] < samples + AAC_FRAME:  # resampled; some ffmpegs decode the last frame whole
+        raise OSError(f"ffmpeg wrote {heard.shape[1]} of {samples} samples of sound; is the disk full?")
+    return _fit_length(heard, samples)
+
+
+def _ffmpeg(*arguments: str, given: bytes = b"") -> bytes:
+    """What ffmpeg writes to its standard output. Raises OSError if it fails."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *arguments]
+    done = subprocess.run(command, input=given, capture_output=True, check=False)
+    if done.returncode:
+        raise OSError(f"ffmpeg: {done.stderr.decode(errors='replace').strip()[-200:]}")
+    return done.stdout
 
 
 def _fit_length(wave_cn: np.ndarray, samples: int) -> np.ndarray:
     """The sound cut off, or with silence at its end."""
     cut = wave_cn[:, :samples]
     return np.pad(cut, ((0, 0), (0, samples - cut.shape[1])))
-
-
-def _aac_rate(sample_rate: int) -> int:
-    """The sample rate itself, if AAC has it, else the next."""
-    return next((rate for rate in AAC_RATES if rate >= sample_rate), AAC_RATES[-1])
-
-
-def _count_samples(path: Path, channels: int) -> int:
-    """The samples of each channel that a file's sound decodes to."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-map", "0:a:0", "-f", "s16le", "-"]
-    decoded = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False).stdout
-    return len(decoded) // (2 * channels)
 
 
 def _quiet_fork() -> warnings.catch_warnings:
@@ -290,13 +312,7 @@ def _beside(path: Path) -> Iterator[Path]:
     partial = Path(name)
     try:
         yield partial
-        partial.chmod(0o666 & ~_umask())
+        readable(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

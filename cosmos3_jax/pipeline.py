@@ -33,6 +33,7 @@ from cosmos3_jax.networks import TEXT_TOWER, Residence, abstract_networks
 from cosmos3_jax.processes import agree, is_first
 from cosmos3_jax.prompt import load_tokenizer, pad, system_prompt, texts, tokenize
 from cosmos3_jax.request import Request, ResolvedRequest, resolve
+from cosmos3_jax.result import Result
 from cosmos3_jax.weights import Network
 
 DTYPES = ("float32", "bfloat16")
@@ -72,33 +73,6 @@ def velocity(inputs: tuple[Network, Rotary, Prefix], x: Latents, timestep: Any, 
     """`GenTower.velocity`, as the sampler calls it."""
     gen, rotary, prefix = inputs
     return gen.merge().velocity(x, timestep, is_given_t, rotary, prefix)
-
-
-@dataclasses.dataclass
-class Result:
-    """What a request made."""
-
-    video: Any  # float32 [t, h, w, 3] in [0, 1], a list of PIL images, or normalized latents float32 [1, c, t, h, w]
-    fps: float
-    seconds: dict[str, float]  # by stage
-    sound: np.ndarray | None = None  # float32 [channels, samples] in [-1, 1], or with latents float32 [sound_dim, latents]
-    sample_rate: int | None = None  # of the sound, in Hz
-
-    def save(self, path: str | Path) -> None:
-        """Writes an .mp4 with its sound; a .png, .jpg or .webp of a single frame; or a .wav of the sound alone.
-
-        Of several processes, the first one does. Raises InputError if it cannot be written.
-        """
-        path = Path(path)
-        if isinstance(self.video, list):
-            frames = np.stack(self.video)
-        elif self.video.ndim == 4:
-            frames = np.round(np.clip(self.video, 0, 1) * 255).astype(np.uint8)
-        else:
-            raise InputError(f'{path}: latents cannot be saved as frames; ask for output_type="np" or "pil"')
-        sound = None if self.sound is None else media.Sound(self.sound, self.sample_rate or 0)
-        if is_first():
-            media.write(path, frames, self.fps, sound)
 
 
 class Cosmos3Pipeline:
@@ -217,8 +191,7 @@ class Cosmos3Pipeline:
             latents = stage("denoise", "gen", denoise)
             prefix = None  # room for the decoder
             video = self._decode(latents.video, request.output_type, stage)
-            sound = self._decode_sound(latents.sound, request.output_type, stage)
-        sample_rate = checkpoint.sound.sampling_rate if checkpoint.sound and request.enable_sound else None
+            sound, sample_rate = self._decode_sound(latents.sound, request.output_type, stage)
         return Result(video, float(request.fps), seconds, sound, sample_rate)
 
     def _stage(self, seconds: dict[str, float], progress: bool, name: str, part: str, run: Callable[[Network], Any]) -> Any:
@@ -297,12 +270,14 @@ class Cosmos3Pipeline:
             frames = stage("decode", "vae", lambda vae: np.asarray(decode(vae, latents_thwc, finish)))
         return frames if output_type == "np" else media.images(frames)
 
-    def _decode_sound(self, latents_sc: jax.Array | None, output_type: str, stage: Stage) -> np.ndarray | None:
-        if latents_sc is None:
-            return None
+    def _decode_sound(self, latents_sc: jax.Array | None, output_type: str, stage: Stage) -> tuple[Any, int | None]:
+        """(waveform, its sample rate), (latents, None) or, without sound, (None, None)."""
+        if latents_sc is None or self.checkpoint.sound is None:
+            return None, None
         if output_type == "latent":
-            return np.asarray(latents_sc).T
-        return stage("decode_sound", "sound", lambda sound: np.asarray(decode_sound(sound, latents_sc)).T)
+            return np.asarray(latents_sc).T, None
+        wave_nc = stage("decode_sound", "sound", lambda sound: np.asarray(decode_sound(sound, latents_sc)))
+        return wave_nc.T, self.checkpoint.sound.sampling_rate
 
 
 def token_ids(request: ResolvedRequest, checkpoint: Checkpoint, tokenizer: Any, cfg: int) -> tuple[np.ndarray, np.ndarray]:

@@ -154,9 +154,10 @@ def _check_sound(request: Request, transformer: TransformerConfig, sound: SoundC
     """A checkpoint that can make sound, and time for it."""
     if not request.enable_sound:
         raise InputError("sound_latents without enable_sound: ask for sound, or leave them out")
-    if not transformer.sound_gen or sound is None:
-        lack = "sound tokenizer (or it was not loaded)" if transformer.sound_gen else "sound heads (sound_gen=false)"
-        raise InputError(f"enable_sound: this checkpoint has no {lack}; leave it out, or take Cosmos3-Nano or -Super")
+    if not transformer.sound_gen:
+        raise InputError("enable_sound: this checkpoint has no sound heads; leave it out, or take Cosmos3-Nano or -Super")
+    if sound is None:
+        raise InputError("enable_sound: this checkpoint has no sound tokenizer, or was loaded with sound=False; leave it out")
     frames = sound.latent_frames(request.num_frames, request.fps)
     if frames < 1:
         raise InputError(f"enable_sound: num_frames={request.num_frames} at fps={request.fps} are too short for any sound")
@@ -168,7 +169,9 @@ def _check_latents(name: str, value: Any, expected: tuple[int, ...]) -> None:
     """Finite numbers of the shape that the request has."""
     try:
         latents = np.asarray(value)
-        usable = latents.dtype.kind in "uif" and bool(np.isfinite(latents).all())
+        usable = latents.dtype.kind in "uif" or latents.dtype.name == "bfloat16"
+        with np.errstate(over="ignore"):
+            usable = usable and bool(np.isfinite(latents.astype(np.float32)).all())
     except (TypeError, ValueError, RuntimeError):  # ragged lists; tensors that numpy cannot take
         usable = False
     if not usable:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from cosmos3_jax.config import InputError
-from cosmos3_jax.folder import read_json, unique, within, write_json
+from cosmos3_jax.folder import read_json, readable, unique, within, write_json
 
 STEM = "diffusion_pytorch_model"  # what diffusers calls the weights of every part
 INDEX = f"{STEM}.safetensors.index.json"
@@ -154,6 +154,7 @@ def write_tensors(folder: Path, shards: Iterable[Mapping[str, np.ndarray]]) -> N
     for tensors in shards:
         file = folder / f"{STEM}-{len(files) + 1:05d}.safetensors"
         save_file({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+        readable(file)
         files.append((file, list(tensors)))
         total_size += sum(tensor.nbytes for tensor in tensors.values())
     if len(files) == 1:

@@ -17,14 +17,15 @@ from safetensors.numpy import load_file, save_file
 from convert.random_checkpoint import write_checkpoint
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.checkpoint import Checkpoint, load, locate
-from cosmos3_jax.config import TINY, TINY_VAE, InputError
+from cosmos3_jax.config import TINY, TINY_SOUND, TINY_VAE, UNIPC, InputError
 from cosmos3_jax.networks import abstract_networks
 from cosmos3_jax.published import unused_tensors
 from cosmos3_jax.safetensors_files import Tensor
 from cosmos3_jax.weights import by_path
 
 CONFIG = dataclasses.replace(TINY, num_hidden_layers=2)
-WITH_HEADS = dataclasses.replace(CONFIG, sound_gen=True, sound_dim=8, action_gen=True, action_dim=6)
+WITH_ACTIONS = dataclasses.replace(CONFIG, action_gen=True, action_dim=6)
+SILENT = dataclasses.replace(CONFIG, sound_gen=False, sound_dim=None)
 FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -39,10 +40,10 @@ def folder(pristine, tmp_path):
     return shutil.copytree(pristine, tmp_path / "checkpoint")
 
 
-def weights(folder, dtype: str = "float32") -> dict[str, np.ndarray]:
-    """Every weight of the three networks, by network and path."""
-    checkpoint = Checkpoint.open(folder)
-    networks = abstract_networks(checkpoint.transformer, checkpoint.vae, make_mesh(), dtype)._asdict()
+def weights(folder, dtype: str = "float32", *, sound: bool = True) -> dict[str, np.ndarray]:
+    """Every weight of the four networks, or of three without `sound`, by network and path."""
+    checkpoint = Checkpoint.open(folder, sound=sound)
+    networks = abstract_networks(checkpoint.transformer, checkpoint.vae, make_mesh(), dtype, checkpoint.sound).by_name()
     source = checkpoint.audited(networks)
     loaded = {part: load(source, part, network) for part, network in networks.items()}
     return {f"{part} {path}": np.asarray(w) for part, network in loaded.items() for path, w in by_path(network.weights).items()}
@@ -74,15 +75,15 @@ def test_shards_are_one_file(pristine, tmp_path):
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_bfloat16_is_float32_rounded(pristine, folder, stored):
-    """Whether the file is rounded, or what is read from it; but for the timestep embedder, which stays float32."""
+    """Whether the file is rounded, or what is read from it; the timestep embedder and the sound decoder stay float32."""
     for part in ("transformer", "vae"):
         edit(folder, part, lambda tensors: {name: tensor.astype(stored) for name, tensor in tensors.items()})
     expected = weights(pristine)
     found = weights(folder, "bfloat16")
     for name, value in found.items():
-        float32 = "timestep_embedding" in name
-        assert value.dtype == (jnp.float32 if float32 else jnp.bfloat16)
-        if stored == "bfloat16" or not float32:
+        float32, is_sound = "timestep_embedding" in name, name.startswith("sound ")
+        assert value.dtype == (jnp.float32 if float32 or is_sound else jnp.bfloat16)
+        if not is_sound and (stored == "bfloat16" or not float32):
             expected[name] = expected[name].astype(ml_dtypes.bfloat16)
     assert_equal(found, expected)
 
@@ -99,7 +100,7 @@ def test_every_tensor_becomes_one_weight(folder):
     for name in unused_tensors(CONFIG):
         used["transformer"].pop(name, None)
     found = {"transformer": [], "vae": []}
-    for name, value in weights(folder).items():
+    for name, value in weights(folder, sound=False).items():
         rows = [*value] if " layers." in name else [value]
         assert all(np.ptp(row) == 0 for row in rows), name
         found["vae" if name.startswith("vae") else "transformer"] += [row.flat[0] for row in rows]
@@ -116,13 +117,62 @@ def test_convolutions_are_turned(pristine):
     np.testing.assert_array_equal(used.reshape(height, width, time, inputs, outputs), stored.transpose(3, 4, 2, 1, 0))
 
 
-def test_sound_and_action_tensors_are_passed_over(tmp_path):
-    folder = write_checkpoint(tmp_path, WITH_HEADS)
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+def test_weight_norm_is_folded(folder, stored):
+    """What is stored as directions and lengths, [out, in, samples], is used as one weight, [samples, in, out].
+
+    Lengths are of the first axis, which is the inputs' of a transposed convolution.
+    """
+    edit(folder, "sound_tokenizer", lambda tensors: {name: tensor.astype(stored) for name, tensor in tensors.items()})
+    found = load_file(folder / "sound_tokenizer" / FILE)
+    checked = 0
+    for name, used in weights(folder).items():
+        if name.startswith("sound ") and name.endswith(".weight"):
+            v, g = (found[f"decoder.{name.removeprefix('sound ')}_{part}"].astype(np.float64) for part in "vg")
+            expected = v * g / np.sqrt((v**2).sum(axis=(1, 2), keepdims=True))
+            np.testing.assert_allclose(used, expected.transpose(2, 1, 0), rtol=1e-6)  # float32 rounding
+            checked += 1
+    assert checked == 2 + 5 * 7  # first and last; of each block its upsampling and two of each residual unit
+
+
+def test_every_other_tensor_of_the_sound_decoder_becomes_one_weight(folder):
+    def number(tensors):
+        return {
+            name: tensor if "weight_" in name else np.full_like(tensor, i) for i, (name, tensor) in enumerate(tensors.items())
+        }
+
+    edit(folder, "sound_tokenizer", number)
+    stored = {f"sound {name.removeprefix('decoder.')}": x for name, x in load_file(folder / "sound_tokenizer" / FILE).items()}
+    found = weights(folder)
+    others = {name for name in stored if "weight_" not in name}
+    assert others == {name for name in found if name.startswith("sound ") and not name.endswith("weight")}
+    for name in others:
+        np.testing.assert_array_equal(found[name], stored[name].reshape(-1), err_msg=name)
+
+
+def test_action_tensors_are_passed_over(tmp_path):
+    folder = write_checkpoint(tmp_path, WITH_ACTIONS)
     published = load_file(folder / "transformer" / FILE)
-    heads = {name for name in published if "audio" in name or "action" in name}
-    assert len(heads) == 10
+    assert len({name for name in published if "action" in name}) == 5
     loaded = weights(folder)
-    edit(folder, "transformer", lambda tensors: {name: tensors[name] for name in tensors.keys() - unused_tensors(WITH_HEADS)})
+    edit(folder, "transformer", lambda tensors: {name: tensors[name] for name in tensors.keys() - unused_tensors(WITH_ACTIONS)})
+    assert_equal(weights(folder), loaded)
+
+
+def test_sound_heads_are_passed_over_where_they_are_not_asked_for(folder):
+    heads = {name for name in load_file(folder / "transformer" / FILE) if "audio" in name}
+    assert len(heads) == 5
+    loaded = {name: value for name, value in weights(folder, sound=False).items() if not name.startswith("gen sound.")}
+    edit_json(folder / "transformer" / "config.json", sound_gen=False, sound_dim=None)
+    assert_equal(weights(folder, sound=False), loaded)
+    edit(folder, "transformer", lambda tensors: {name: tensors[name] for name in tensors.keys() - heads})
+    assert_equal(weights(folder, sound=False), loaded)
+
+
+def test_the_sound_tokenizers_encoder_is_passed_over(folder):
+    loaded = weights(folder)
+    more = {"encoder.layers.0.weight_v": np.ones((3, 4, 1), np.float32), "encoder.out.bias": np.full(5, np.nan, np.float32)}
+    edit(folder, "sound_tokenizer", lambda tensors: tensors | more)
     assert_equal(weights(folder), loaded)
 
 
@@ -132,6 +182,44 @@ def test_sound_and_action_tensors_are_passed_over(tmp_path):
 def test_the_configs_are_read_back(pristine):
     checkpoint = Checkpoint.open(str(pristine))
     assert (checkpoint.folder, checkpoint.transformer, checkpoint.vae) == (pristine, CONFIG, TINY_VAE)
+    assert checkpoint.configs == (CONFIG, TINY_VAE, UNIPC, None)
+
+
+def test_the_sound_tokenizer_is_read_if_asked_for(pristine):
+    assert Checkpoint.open(pristine, sound=True).sound == TINY_SOUND
+    assert Checkpoint.open(pristine, sound=True).configs == (CONFIG, TINY_VAE, UNIPC, TINY_SOUND)
+    assert Checkpoint.open(pristine, sound=False).sound is None
+
+
+def test_a_checkpoint_may_have_no_sound_tokenizer(folder, tmp_path):
+    shutil.rmtree(folder / "sound_tokenizer")
+    silent = write_checkpoint(tmp_path / "silent", SILENT)
+    assert not (silent / "sound_tokenizer").exists()
+    for each in (folder, silent):
+        assert Checkpoint.open(each, sound=True).sound is None
+        assert_equal(weights(each, sound=True), weights(each, sound=False))
+
+
+@pytest.mark.parametrize("size", [4, 16])
+def test_heads_and_tokenizer_have_one_kind_of_latent(folder, size):
+    config = folder / "sound_tokenizer" / "config.json"
+    edit_json(config, vocoder_input_dim=size)
+    expected = f"{folder}: the transformer's sound_dim=8 is not the sound tokenizer's vocoder_input_dim={size}"
+    with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
+        Checkpoint.open(folder, sound=True)
+    Checkpoint.open(folder, sound=False)
+    edit_json(folder / "transformer" / "config.json", sound_gen=False, sound_dim=None)
+    assert Checkpoint.open(folder, sound=True).sound.vocoder_input_dim == size  # there are no heads to fit to
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model_type", "autoencoder_v1"), ("snake_logscale", False), ("dec_strides", [2, 4]), ("hop_size", 1.5)]
+)
+def test_another_sound_tokenizer_is_refused_if_asked_for(folder, key, value):
+    edit_json(folder / "sound_tokenizer" / "config.json", **{key: value})
+    with pytest.raises(InputError, match=rf"^sound_tokenizer/config.json: .*{key}="):
+        Checkpoint.open(folder, sound=True)
+    assert Checkpoint.open(folder, sound=False).sound is None
 
 
 def test_the_name_of_the_first_releases_is_accepted(folder):
@@ -166,8 +254,10 @@ NEEDED = [
     "transformer/config.json",
     "vae/config.json",
     "scheduler/scheduler_config.json",
+    "sound_tokenizer/config.json",
     f"transformer/{FILE}",
     f"vae/{FILE}",
+    f"sound_tokenizer/{FILE}",
 ]
 JSON = [name for name in NEEDED if name.endswith(".json")] + ["assets/negative_prompt.json", f"transformer/{FILE}.index.json"]
 
@@ -197,7 +287,7 @@ def test_an_index_without_files(folder, index):
         weights(folder)
 
 
-@pytest.mark.parametrize("part", ["transformer", "vae"])
+@pytest.mark.parametrize("part", ["transformer", "vae", "sound_tokenizer"])
 @pytest.mark.parametrize("keep", [0, 4, 100, -1], ids=["empty", "4 bytes", "header cut", "last byte gone"])
 def test_a_damaged_file(folder, part, keep):
     path = folder / part / FILE
@@ -225,11 +315,15 @@ def test_all_faults_at_once_before_anything_is_read(folder, monkeypatch):
 
     edit(folder, "transformer", damage(missing="layers.1.self_attn.to_k.weight", misshapen="proj_out.bias"))
     edit(folder, "vae", damage(missing="decoder.conv_in.bias", misshapen="encoder.conv_in.weight"))
+    edit(folder, "sound_tokenizer", damage(missing="decoder.conv1.weight_g", misshapen="decoder.block.2.conv_t1.weight_g"))
     monkeypatch.setattr(Tensor, "view", lambda self: pytest.fail("a tensor was read"))
     with pytest.raises(InputError) as error:
         weights(folder)
     assert str(error.value).splitlines() == [
-        f"{folder}: 6 faults in the tensors",
+        f"{folder}: 9 faults in the tensors",
+        "  sound_tokenizer: missing: decoder.conv1.weight_g [64, 1, 1]",
+        "  sound_tokenizer: unexpected: stray [2, 3]",
+        "  sound_tokenizer: misshapen: decoder.block.2.conv_t1.weight_g is [15, 1, 1], expected [16, 1, 1]",
         "  transformer: missing: layers.1.self_attn.to_k.weight [128, 64]",
         "  transformer: unexpected: stray [2, 3]",
         "  transformer: misshapen: proj_out.bias is [63], expected [64]",
@@ -239,7 +333,18 @@ def test_all_faults_at_once_before_anything_is_read(folder, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("keep", [0, 4, 100, -1], ids=["empty", "4 bytes", "header cut", "last byte gone"])
+def test_a_damaged_sound_tokenizer_is_not_seen_without_sound(folder, keep):
+    loaded, path = weights(folder, sound=False), folder / "sound_tokenizer" / FILE
+    path.write_bytes(path.read_bytes()[:keep])
+    (folder / "sound_tokenizer" / "config.json").unlink()
+    assert_equal(weights(folder, sound=False), loaded)
+
+
 def test_tensors_that_are_no_floats_are_named(folder):
+    edit(folder, "sound_tokenizer", lambda tensors: tensors | {"decoder.conv1.bias": np.ones(64, np.int8)})
+    with pytest.raises(InputError, match=r"sound_tokenizer: odd kind: decoder.conv1.bias is I8, expected F32, F16, BF16"):
+        weights(folder)
     edit(folder, "vae", lambda tensors: tensors | {"decoder.conv_in.bias": np.ones(48, np.int8)})
     with pytest.raises(InputError, match=r"vae: odd kind: decoder.conv_in.bias is I8, expected F32, F16, BF16"):
         weights(folder)
@@ -300,16 +405,19 @@ def test_a_repository_that_cannot_be_reached(monkeypatch, error):
         locate("nvidia/Cosmos3-Nano")
 
 
-def test_a_repository_is_downloaded_without_what_is_not_needed(folder, monkeypatch):
+@pytest.mark.parametrize("sound", [False, True], ids=["silent", "with_sound"])
+def test_a_repository_is_downloaded_without_what_is_not_needed(folder, monkeypatch, sound):
     asked = {}
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda repo, **options: asked.update({repo: options}) or str(folder)
     )
-    assert Checkpoint.open("nvidia/Cosmos3-Nano").folder == folder
+    assert Checkpoint.open("nvidia/Cosmos3-Nano", sound=sound).folder == folder
     patterns = asked["nvidia/Cosmos3-Nano"]["allow_patterns"]
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    assert len(files) > 6
-    for name in [*files, "assets/negative_prompt.json"]:
-        assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns), name
-    for name in ("README.md", "sound_tokenizer/model.safetensors", "vision_encoder/model.safetensors", "assets/demo.mp4"):
-        assert not any(fnmatch.fnmatch(name, pattern) for pattern in patterns), name
+    of_sound = [name for name in files if name.startswith("sound_tokenizer/")]
+    assert len(of_sound) == 2
+    assert len(files) > 8
+    elsewhere = ["README.md", "vision_encoder/model.safetensors", "assets/demo.mp4"]
+    for name in [*files, "assets/negative_prompt.json", *elsewhere]:
+        wanted = name not in elsewhere and (sound or name not in of_sound)
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns) == wanted, name

@@ -11,18 +11,29 @@ from cosmos3_jax.config import (
     EDGE,
     NANO,
     PRESETS,
+    SOUND_TOKENIZER,
     SUPER,
     TINY,
+    TINY_SOUND,
     TINY_VAE,
     WAN_VAE,
     InputError,
     SchedulerConfig,
+    SoundConfig,
     TransformerConfig,
     VAEConfig,
 )
 
 FOLDER = Path(__file__).parent / "data" / "configs"
 PUBLISHED = {path.stem.removesuffix("_config"): json.loads(path.read_text()) for path in FOLDER.glob("*.json")}
+
+
+READERS = {
+    "transformer": TransformerConfig,
+    "vae": VAEConfig,
+    "scheduler": SchedulerConfig,
+    "sound_tokenizer": SoundConfig,
+}
 
 
 @pytest.mark.parametrize("model", ["nano", "super", "edge"])
@@ -36,7 +47,25 @@ def test_every_model_has_one_vae_and_one_scheduler(model):
     assert SchedulerConfig.from_json(PUBLISHED[f"{model}_scheduler"]) == SchedulerConfig()
 
 
-@pytest.mark.parametrize("config", [NANO, SUPER, EDGE, TINY, WAN_VAE, TINY_VAE, SchedulerConfig(sigma_max=80.0)])
+def test_the_sound_tokenizer_is_the_published_one():
+    config = SoundConfig.from_json(PUBLISHED["nano_sound_tokenizer"])
+    assert config == dataclasses.replace(SOUND_TOKENIZER, hop_size=1920)
+    assert config.samples_per_latent == SOUND_TOKENIZER.samples_per_latent == 1920
+    assert SoundConfig.from_json({}) == SOUND_TOKENIZER
+    for model in (NANO, SUPER):
+        assert model.sound_gen
+        assert (model.sound_dim, model.sound_latent_fps) == (config.vocoder_input_dim, config.sampling_rate / 1920)
+
+
+def test_a_sound_latent_stands_for_what_its_strides_make_unless_it_says_otherwise():
+    assert dataclasses.replace(SOUND_TOKENIZER, dec_strides=(3, 5), hop_size=None).samples_per_latent == 15
+    assert dataclasses.replace(SOUND_TOKENIZER, dec_strides=(3, 5), hop_size=7).samples_per_latent == 7
+
+
+@pytest.mark.parametrize(
+    "config",
+    [NANO, SUPER, EDGE, TINY, WAN_VAE, TINY_VAE, SchedulerConfig(sigma_max=80.0), TINY_SOUND, SoundConfig(hop_size=960)],
+)
 def test_a_config_survives_json(config):
     fixed = {"is_residual": True} if isinstance(config, VAEConfig) else {}
     written = json.loads(json.dumps(fixed | dataclasses.asdict(config)))
@@ -63,10 +92,23 @@ def test_a_config_survives_json(config):
         ("scheduler", "thresholding", True),
         ("scheduler", "use_dynamic_shifting", True),
         ("scheduler", "shift_terminal", 0.1),
+        ("sound_tokenizer", "model_type", "autoencoder_v1"),
+        ("sound_tokenizer", "dec_type", "hifigan"),
+        ("sound_tokenizer", "dec_use_snake", False),
+        ("sound_tokenizer", "dec_final_tanh", True),
+        ("sound_tokenizer", "dec_anti_aliasing", True),
+        ("sound_tokenizer", "dec_use_nearest_upsample", True),
+        ("sound_tokenizer", "dec_use_tanh_at_final", True),
+        ("sound_tokenizer", "activation", "elu"),
+        ("sound_tokenizer", "snake_logscale", False),
+        ("sound_tokenizer", "anti_aliasing", True),
+        ("sound_tokenizer", "latent_mean", 0.0),
+        ("sound_tokenizer", "latent_std", [1.0] * 64),
+        ("sound_tokenizer", "quantization_config", {"quant_method": "fp8"}),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(kind, key, value):
-    reader = {"transformer": TransformerConfig, "vae": VAEConfig, "scheduler": SchedulerConfig}[kind]
+    reader = READERS[kind]
     with pytest.raises(InputError, match=rf"^{kind}/\w*config.json: " + re.escape(f"{key}={value!r} ")):
         reader.from_json(PUBLISHED[f"nano_{kind}"] | {key: value})
 
@@ -180,6 +222,14 @@ def test_other_divisions_are_refused(config, tp, message):
         (TransformerConfig, "rope_axes_dim", 24),
         (VAEConfig, "dim_mult", {"0": 1}),
         (SchedulerConfig, "num_train_timesteps", "1000"),
+        (TransformerConfig, "sound_gen", 1),
+        (TransformerConfig, "sound_latent_fps", "25"),
+        (SoundConfig, "sampling_rate", 48000.0),
+        (SoundConfig, "vocoder_input_dim", "64"),
+        (SoundConfig, "dec_dim", True),
+        (SoundConfig, "dec_c_mults", 16),
+        (SoundConfig, "dec_strides", "24568"),
+        (SoundConfig, "dec_out_channels", 2.0),
     ],
 )
 def test_a_value_of_another_type_is_refused_by_name(kind, key, value):
@@ -187,10 +237,70 @@ def test_a_value_of_another_type_is_refused_by_name(kind, key, value):
         kind.from_json({"is_residual": True, key: value})
 
 
-@pytest.mark.parametrize(("key", "value"), [("num_key_value_heads", 0), ("hidden_size", -64), ("base_fps", 0.0)])
-def test_sizes_are_above_zero(key, value):
-    with pytest.raises(InputError, match=f"{key}={value} should be above 0"):
-        TransformerConfig.from_json({key: value})
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        (TransformerConfig, "num_key_value_heads", 0),
+        (TransformerConfig, "hidden_size", -64),
+        (TransformerConfig, "base_fps", 0.0),
+        (TransformerConfig, "sound_dim", 0),
+        (TransformerConfig, "sound_latent_fps", 0),
+        (SoundConfig, "sampling_rate", 0),
+        (SoundConfig, "sampling_rate", 1_000_001),
+        (SoundConfig, "vocoder_input_dim", -1),
+        (SoundConfig, "dec_dim", 0),
+        (SoundConfig, "dec_out_channels", 0),
+        (SoundConfig, "hop_size", 0),
+        (SoundConfig, "hop_size", -1920),
+    ],
+)
+def test_sizes_are_above_zero(kind, key, value):
+    with pytest.raises(InputError, match=rf"json: {key}={value}\b.* should be above 0 and at most \d+$"):
+        kind.from_json({key: value})
+
+
+@pytest.mark.parametrize("value", [1920.0, "1920", True, [1920]], ids=repr)
+def test_a_hop_is_a_whole_number(value):
+    value = tuple(value) if isinstance(value, list) else value
+    expected = f"sound_tokenizer/config.json: hop_size={value!r} is not a whole number"
+    with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
+        SoundConfig.from_json({"hop_size": value})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dec_strides": [2, 4, 5, 6]},
+        {"dec_strides": []},
+        {"dec_c_mults": [1, 2, 4, 8, 16, 32]},
+        {"dec_strides": [2, 4, 5, 6, 0]},
+        {"dec_c_mults": [1, -2, 4, 8, 16]},
+        {"dec_c_mults": [], "dec_strides": []},
+    ],
+    ids=str,
+)
+def test_every_stride_of_the_sound_decoder_has_a_width(changes):
+    mults, strides = (tuple(changes.get(key, getattr(SOUND_TOKENIZER, key))) for key in ("dec_c_mults", "dec_strides"))
+    expected = (
+        f"sound_tokenizer/config.json: dec_c_mults={mults} should be whole numbers above 0, as many as dec_strides={strides}"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
+        SoundConfig.from_json(PUBLISHED["nano_sound_tokenizer"] | changes)
+
+
+def test_sound_heads_have_a_size():
+    without = {key: value for key, value in PUBLISHED["nano_transformer"].items() if key != "sound_dim"}
+    for json_ in (without, without | {"sound_dim": None}):
+        with pytest.raises(InputError, match=r"^transformer/config.json: sound_gen=True, but there is no sound_dim$"):
+            TransformerConfig.from_json(json_)
+        silent = TransformerConfig.from_json(json_ | {"sound_gen": False})
+        assert (silent.sound_dim, silent.sizes["A"]) == (None, 0)
+
+
+@pytest.mark.parametrize("value", ["64", 64.5, True, [64], {}, ""], ids=repr)
+def test_the_size_of_sound_heads_is_a_whole_number(value):
+    with pytest.raises(InputError, match=r"^transformer/config.json: sound_dim="):
+        TransformerConfig.from_json(PUBLISHED["nano_transformer"] | {"sound_dim": value})
 
 
 def test_parts_that_do_not_fit_are_refused():

@@ -1,4 +1,4 @@
-"""From one layout to the other and back: the same weights, the same video, and a sentence for whatever is wrong."""
+"""From one layout to the other and back: the same weights, video and sound, and a sentence for whatever is wrong."""
 
 import dataclasses
 import functools
@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import cases
@@ -18,37 +19,37 @@ from safetensors.numpy import load_file, save_file
 
 from convert import folders as conversion
 from convert.__main__ import main
-from convert.random_checkpoint import write_checkpoint
+from convert.random_checkpoint import sound_shapes, write_checkpoint
 from cosmos3_jax import Cosmos3Pipeline, InputError, array_store, make_mesh
+from cosmos3_jax.config import TINY_SOUND
 from cosmos3_jax.converted import FORMAT, MARK
-from cosmos3_jax.safetensors_files import in_shards
+from cosmos3_jax.safetensors_files import in_shards, write_tensors
 from cosmos3_jax.weights import by_path
 
 MESHES = [(1, 1), (2, 4), (1, 8)]
 SMALL = cases.FAMILIES["small"]
 FAMILIES = cases.FAMILIES | {
-    "heads": dataclasses.replace(SMALL, sound_gen=True, sound_dim=8, action_gen=True, action_dim=6),
+    "heads": dataclasses.replace(SMALL, action_gen=True, action_dim=6),  # and a full sound tokenizer
+    "silent": dataclasses.replace(SMALL, sound_gen=False, sound_dim=None),
     "one layer": dataclasses.replace(SMALL, num_hidden_layers=1),
 }
 FILE = "diffusion_pytorch_model.safetensors"
-SOUND = {
-    "decoder.w": np.ones((4, 3), np.float32),
-    "decoder.step": np.array(3.0, np.float32),
-    "encoder.w": np.ones(5, np.float32),
-}
+ENCODER = {"encoder.w": np.full((4, 3), 0.1, np.float32), "encoder.step": np.array(3.0, np.float32)}
+DECODER = sound_shapes(TINY_SOUND)
 REQUEST = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2, "seed": 3, "progress": False}
-NETWORKS = ("und", "gen", "vae")
+SOUND = REQUEST | {"enable_sound": True}
+NETWORKS = ("und", "gen", "vae")  # and "sound", where there is a sound tokenizer
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """`published(family)`: a folder as it is published, with a sound tokenizer where the transformer has heads."""
+    """`published(family)`: a folder as it is published; its sound tokenizer has an encoder too where there are all heads."""
 
     @functools.cache
     def folder(family: str) -> Path:
         path = write_checkpoint(tmp_path_factory.mktemp("published") / family.replace(" ", "_"), FAMILIES[family], cases.VAE)
         if family == "heads":
-            with_sound(path, SOUND)
+            in_sound_tokenizer(path, lambda tensors: tensors | ENCODER)
         return path
 
     return folder
@@ -88,23 +89,23 @@ def run(capsys):
     return run_
 
 
-def with_sound(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
-    (folder / "sound_tokenizer").mkdir(exist_ok=True)
-    save_file(tensors, folder / "sound_tokenizer" / FILE)
-    (folder / "sound_tokenizer" / "config.json").write_text("{}")
+def in_sound_tokenizer(folder: Path, change) -> Path:
+    """A published folder, with the tensors in its sound tokenizer that `change` makes of them."""
+    file = folder / "sound_tokenizer" / FILE
+    save_file(change(load_file(file)), file)
     return folder
 
 
 def weights(folder: Path, cfg: int = 1, tp: int = 1, dtype: str = "float32") -> dict[str, np.ndarray]:
     """Every weight as the pipeline has it on its devices, by network and path."""
     pipe = Cosmos3Pipeline.from_pretrained(folder, mesh=make_mesh(cfg, tp), dtype=dtype, progress=False)
-    parts = {part: pipe.residence.bring(part) for part in NETWORKS}
+    parts = {part: pipe.residence.bring(part) for part in pipe.residence.abstract}
     return {f"{part} {path}": w.get_value() for part, network in parts.items() for path, w in by_path(network.weights).items()}
 
 
-def tensors(folder: Path) -> dict[str, np.ndarray]:
+def tensors(folder: Path, part: str = "*") -> dict[str, np.ndarray]:
     """Every tensor of a published folder, by part and name, from however many files."""
-    files = sorted(folder.glob("*/*.safetensors"))
+    files = sorted(folder.glob(f"{part}/*.safetensors"))
     return {f"{file.parent.name} {name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
@@ -125,23 +126,30 @@ def rewrite(store: Path, change) -> None:
     array_store.write(store, change(arrays).items())
 
 
+def without(*names: str):
+    return lambda arrays: {name: array for name, array in arrays.items() if name not in names}
+
+
 def edit_json(path: Path, **values) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-# The same weights and the same video
+# The same weights, the same video and sound
 
 
 @pytest.mark.parametrize(("cfg", "tp"), MESHES)
-def test_the_video_is_that_of_the_published_folder(cfg, tp, published, converted):
+def test_video_and_sound_are_those_of_the_published_folder(cfg, tp, published, converted):
     """On every mesh, from one conversion."""
     mesh = make_mesh(cfg, tp)
-    made = [
-        Cosmos3Pipeline.from_pretrained(folder, mesh=mesh, progress=False)(cases.PROMPT, **REQUEST).video
-        for folder in (published("small"), converted("small"))
-    ]
-    np.testing.assert_array_equal(*made)
-    assert made[0].std() > 0
+    one, other = (
+        Cosmos3Pipeline.from_pretrained(folder, mesh=mesh, progress=False)(cases.PROMPT, **SOUND)
+        for folder in (published("heads"), converted("heads"))
+    )
+    np.testing.assert_array_equal(one.video, other.video)
+    np.testing.assert_array_equal(one.sound, other.sound)
+    assert one.sample_rate == other.sample_rate
+    assert one.video.std() > 0
+    assert one.sound.std() > 0
 
 
 @pytest.mark.parametrize(("family", "dtype"), [*((family, "float32") for family in FAMILIES), ("heads", "bfloat16")])
@@ -165,6 +173,48 @@ def test_a_converted_folder_is_converted_likewise(published, converted, run, tmp
     assert run(converted("heads"), tmp_path / "again", "--verify")[0] == 0
     assert run(published("heads"), tmp_path / "again", "--verify")[0] == 0
     assert run(converted("heads"), converted("heads"), "--verify")[0] == 0
+
+
+def by_formula(v: np.ndarray, g: np.ndarray, transposed: bool) -> np.ndarray:
+    """The first axis is the outputs' of a convolution, and the inputs' of a transposed one: the norm is over the others."""
+    v, g = np.float64(v), np.float64(g)
+    return g * v / np.sqrt((v**2).sum((1, 2), keepdims=True))
+
+
+def by_torch(v: np.ndarray, g: np.ndarray, transposed: bool) -> np.ndarray:
+    torch = pytest.importorskip("torch")
+    inputs, outputs = v.shape[:2] if transposed else v.shape[1::-1]
+    layer = (torch.nn.ConvTranspose1d if transposed else torch.nn.Conv1d)(inputs, outputs, v.shape[2], bias=False)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning), torch.no_grad():
+        layer = torch.nn.utils.weight_norm(layer.double())
+        layer.load_state_dict({"weight_g": torch.from_numpy(np.float64(g)), "weight_v": torch.from_numpy(np.float64(v))})
+        layer(torch.zeros(1, inputs, 99, dtype=torch.float64))  # it folds when it is called
+        return layer.weight.numpy()
+
+
+@pytest.mark.parametrize("expected", [by_formula, pytest.param(by_torch, marks=pytest.mark.live)])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("layout", ["published", "converted"])
+def test_weight_norms_are_folded(layout, stored, shards, expected, published, run, tmp_path):
+    """In float32, whatever the dtype of the file and that of the other networks."""
+    folder = shutil.copytree(published("small"), tmp_path / "src")
+    kept = {name: tensor.astype(jnp.dtype(stored)) for name, tensor in load_file(folder / "sound_tokenizer" / FILE).items()}
+    (folder / "sound_tokenizer" / FILE).unlink()
+    write_tensors(folder / "sound_tokenizer", [dict(list(kept.items())[i::shards]) for i in range(shards)])
+    if layout == "converted":
+        assert run(folder, tmp_path / "dst")[0] == 0
+        folder = tmp_path / "dst"
+    found = {path[6:]: w for path, w in weights(folder, dtype="bfloat16").items() if path.startswith("sound ")}
+    assert {w.dtype for w in found.values()} == {jnp.dtype("float32")}
+    folded = {name[8:-2] for name in kept if name.endswith("_g")}
+    assert len(folded) == 2 + 5 * 7
+    for path in folded:
+        v, g = kept[f"decoder.{path}_v"], kept[f"decoder.{path}_g"]
+        exact = expected(v, g, "conv_t1" in path).transpose(2, 1, 0)
+        np.testing.assert_allclose(found[path], exact, rtol=1e-6, err_msg=path)  # a norm, a quotient and a product in float32
+    for path in found.keys() - folded:
+        np.testing.assert_array_equal(found[path], kept[f"decoder.{path}"].astype(np.float32).reshape(-1), err_msg=path)
 
 
 @pytest.mark.parametrize("layout", ["published", "converted"])
@@ -204,11 +254,22 @@ def test_bfloat16_but_for_the_timestep_embedding(published, run, tmp_path):
     for part in (*NETWORKS, "unused"):
         for path, (_, dtype) in array_store.contents(dst / "weights" / part).items():
             assert dtype == ("float32" if "timestep_embedding" in path else "bfloat16"), path
-    assert {dtype.name for _, dtype in array_store.contents(dst / "weights" / "sound_tokenizer").values()} == {"float32"}
     assert_equal(weights(dst, dtype="bfloat16"), weights(published("heads"), dtype="bfloat16"))
     assert sum(file.stat().st_size for file in dst.rglob("weights/vae/**/d/*")) < 0.6 * sum(
         file.stat().st_size for file in (published("heads") / "vae").glob("*.safetensors")
     )
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+@pytest.mark.parametrize("family", ["small", "heads"])
+def test_the_sound_tokenizer_stays_as_it_was_whatever_the_others_become(family, stored, published, run, tmp_path):
+    folder = shutil.copytree(published(family), tmp_path / "src")
+    in_sound_tokenizer(folder, lambda tensors: {name: tensor.astype(stored) for name, tensor in tensors.items()})
+    assert run(folder, tmp_path / "dst", "--dtype", "bfloat16", "--verify")[0] == 0
+    for src, back in [(tmp_path / "dst", "a"), (tmp_path / "dst", "b"), (folder, "c")]:
+        assert run(src, "--to-safetensors", tmp_path / back, *["--dtype", "bfloat16"] * (back != "a"))[0] == 0
+        assert_equal(tensors(tmp_path / back, "sound_tokenizer"), tensors(folder, "sound_tokenizer"))
+        assert {tensor.dtype.name for tensor in tensors(tmp_path / back, "vae").values()} == {"bfloat16"}
 
 
 def test_the_last_layer_of_the_text_tower_is_written_for_one_layer_too(published):
@@ -240,7 +301,18 @@ def test_a_part_is_written_and_the_rest_missed(only, published, run, tmp_path):
         assert run(dst, "--to-safetensors", tmp_path / "back")[0] == 2
         assert not (tmp_path / "back").exists()
     else:
-        assert_equal(weights(dst), weights(published("heads")))
+        assert_equal(weights(dst), {name: w for name, w in weights(published("heads")).items() if "sound " not in name})
+
+
+def test_a_folder_without_the_sound_tokenizer_makes_videos_and_refuses_sound(published, run, tmp_path):
+    assert run(published("small"), tmp_path / "dst", "--only", "transformer,vae")[0] == 0
+    assert run("--inspect", tmp_path / "dst")[1]["sound_tokenizer"] == "none"
+    whole, without_sound = (
+        Cosmos3Pipeline.from_pretrained(folder, progress=False) for folder in (published("small"), tmp_path / "dst")
+    )
+    np.testing.assert_array_equal(*(pipe(cases.PROMPT, **REQUEST).video for pipe in (whole, without_sound)))
+    with pytest.raises(InputError, match=r"^enable_sound: this checkpoint has no sound tokenizer .*leave it out"):
+        without_sound(cases.PROMPT, **SOUND)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +326,7 @@ def test_a_part_is_written_and_the_rest_missed(only, published, run, tmp_path):
     ],
 )
 def test_a_part_that_is_none(only, words, published, run, tmp_path):
-    code, _, said = run(published("small"), tmp_path / "dst", "--only", only)
+    code, _, said = run(published("silent"), tmp_path / "dst", "--only", only)
     assert code == 2
     assert said.startswith(f"error: {words}")
     assert ("parts are" in said) == (only != "sound_tokenizer")  # nothing else tells what to write there
@@ -264,7 +336,7 @@ def test_a_part_that_is_none(only, words, published, run, tmp_path):
 # Verified
 
 
-@pytest.mark.parametrize("store", ["und", "gen", "vae", "unused"])
+@pytest.mark.parametrize("store", ["und", "gen", "vae", "unused", "sound_tokenizer"])
 def test_a_byte_that_changed_is_found_and_named(store, broken, published, run):
     file = max((broken / "weights" / store / "state").glob("ocdbt*/d/*"), key=lambda file: file.stat().st_size)
     data = bytearray(file.read_bytes())
@@ -282,7 +354,9 @@ def changed(name, change):
 @pytest.mark.parametrize(
     ("store", "name", "change"),
     [
-        ("gen", "b_in", lambda x: np.nextafter(x, 9)),
+        ("gen", "vision.b_in", lambda x: np.nextafter(x, 9)),
+        ("sound_tokenizer", "decoder.conv1.weight_g", lambda x: np.nextafter(x, 9)),
+        ("sound_tokenizer", "decoder.conv1.weight_v", lambda x: x.astype(np.float16)),
         ("vae", "decoder.conv_in.bias", lambda x: -x),
         ("und", "last.k", lambda x: x.astype(ml_dtypes.bfloat16).astype(x.dtype)),
         ("gen", "layers.k", lambda x: x.astype(ml_dtypes.bfloat16)),
@@ -437,7 +511,12 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete(to, published, r
 
 @pytest.mark.parametrize("layout", ["published", "converted"])
 @pytest.mark.parametrize(
-    ("family", "heads", "sound"), [("small", False, "none"), ("heads", True, "full, 3 tensors"), ("edge", False, "none")]
+    ("family", "heads", "sound"),
+    [
+        ("silent", {"sound": False, "action": False}, "none"),
+        ("edge", {"sound": True, "action": False}, f"decoder only, {len(DECODER)} tensors"),
+        ("heads", {"sound": True, "action": True}, f"full, {len(DECODER) + len(ENCODER)} tensors"),
+    ],
 )
 def test_what_a_folder_is(family, heads, sound, layout, request, run):
     folder = request.getfixturevalue(layout)(family)
@@ -445,19 +524,20 @@ def test_what_a_folder_is(family, heads, sound, layout, request, run):
     assert code == 0
     assert (about["folder"], about["layout"], about["sampler"]) == (str(folder), layout, "UniPC")
     assert about["family"] == {"edge": "of Edge's kind"}.get(family, "tiny")
-    assert about["heads"] == {"sound": heads, "action": heads}
+    assert about["heads"] == heads
+    assert about["gigabytes_in_bfloat16"].keys() == {*NETWORKS, *(["sound"] if heads["sound"] else [])}
     assert about["sound_tokenizer"] == sound
     assert about["tensor_parallel"] == FAMILIES[family].tensor_parallel_sizes()
     assert about["faults"] == about["notes"] == []
 
 
 def test_what_a_distilled_folder_is(run, tmp_path):
-    folder = with_sound(write_checkpoint(tmp_path / "src", SMALL, cases.VAE, distilled=True), {"decoder.w": SOUND["decoder.w"]})
+    folder = write_checkpoint(tmp_path / "src", cases.DISTILLED, cases.VAE, distilled=True)
     assert run(folder, tmp_path / "dst")[0] == 0
     for path in (folder, tmp_path / "dst"):
         about = run("--inspect", path)[1]
         assert about["sampler"] == "distilled, 4 steps at 1, 0.9375, 0.8333, 0.625"
-        assert about["sound_tokenizer"] == "decoder only, 1 tensors"
+        assert about["sound_tokenizer"] == "none"
 
 
 def test_faults_and_notes_are_told_apart(published, run, tmp_path, capsys):
@@ -469,6 +549,44 @@ def test_faults_and_notes_are_told_apart(published, run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "faults  \n  transformer: missing: proj_in.bias [64]\n  transformer: unexpected: stray [2]\n" in out
     assert "notes  \n  transformer: missing: norm.weight [64] (not needed: of the text tower's output" in out
+
+
+SOUND_FAULTS = {  # what is done to the tensors of the sound tokenizer, and what is said of it
+    "missing": (
+        without("decoder.conv1.weight_g"),
+        f"missing: decoder.conv1.weight_g {list(DECODER['decoder.conv1.weight_g'])}",
+    ),
+    "misshapen": (
+        lambda arrays: arrays | {"decoder.snake1.alpha": np.zeros((1, 4), np.float32)},
+        "misshapen: decoder.snake1.alpha is [1, 4], expected [1, 4, 1]",
+    ),
+    "another axis": (  # a norm per output, where a transposed convolution has one per input
+        lambda arrays: arrays | {"decoder.block.0.conv_t1.weight_g": np.ones((1, 32, 1), np.float32)},
+        "misshapen: decoder.block.0.conv_t1.weight_g is [1, 32, 1], expected [64, 1, 1]",
+    ),
+    "unexpected": (
+        lambda arrays: arrays | {"decoder.conv2.bias": np.zeros(2, np.float32)},
+        "unexpected: decoder.conv2.bias [2]",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", SOUND_FAULTS)
+@pytest.mark.parametrize("layout", ["published", "converted"])
+def test_faults_of_a_sound_tokenizer(layout, fault, request, run, tmp_path):
+    change, words = SOUND_FAULTS[fault]
+    folder = shutil.copytree(request.getfixturevalue(layout)("heads"), tmp_path / "src")
+    if layout == "published":
+        in_sound_tokenizer(folder, change)
+    else:
+        rewrite(folder / "weights" / "sound_tokenizer", change)
+    code, about, _ = run("--inspect", folder)
+    assert (code, about["faults"]) == (2, [f"sound_tokenizer: {words}"])
+    assert about["sound_tokenizer"].startswith("full")
+    for to in ([], ["--to-safetensors"]):
+        code, _, said = run(folder, *to, tmp_path / "dst")
+        assert (code, f"1 fault in the tensors\n  sound_tokenizer: {words}\n" in said) == (2, True)
+        assert not (tmp_path / "dst").exists()
 
 
 def test_inspecting_reads_no_weight(published, converted, run, monkeypatch):
@@ -483,10 +601,14 @@ def test_inspecting_reads_no_weight(published, converted, run, monkeypatch):
 @pytest.mark.parametrize("tensor", [np.zeros(0, np.float32), np.ones(3, np.int64)], ids=["no values", "integers"])
 def test_odd_tensors_of_a_sound_tokenizer(tensor, published, run, tmp_path):
     """Either all of it is kept, or a sentence says why not."""
-    folder = with_sound(shutil.copytree(published("small"), tmp_path / "src"), SOUND | {"decoder.odd": tensor})
-    if run(folder, tmp_path / "dst")[0] == 0:
+    folder = shutil.copytree(published("small"), tmp_path / "src")
+    in_sound_tokenizer(folder, lambda tensors: tensors | ENCODER | {"encoder.odd": tensor})
+    code, _, said = run(folder, tmp_path / "dst")
+    if code == 0:
         assert run(tmp_path / "dst", "--to-safetensors", tmp_path / "back")[0] == 0
         assert_equal(tensors(tmp_path / "back"), tensors(folder))
+    else:
+        assert (code, "encoder.odd" in said) == (2, True)
 
 
 # Damaged
@@ -513,13 +635,17 @@ def store(name: str, change):
 
 
 DAMAGES = {  # what was done, and what the sentence names
-    "no mark": (remove(MARK), "transformer: no diffusion_pytorch_model.safetensors"),
+    "no mark": (remove(MARK), ": no diffusion_pytorch_model.safetensors"),
     "mark no JSON": (write(MARK, "{"), f"{MARK}: not JSON"),
     "mark a list": (write(MARK, "[]"), f"{MARK}: a JSON object is expected"),
     "mark bytes": (lambda folder: (folder / MARK).write_bytes(b"\xff"), f"{MARK}: not JSON"),
     "format next": (
         lambda folder: edit_json(folder / MARK, format=FORMAT + 1),
         f"{MARK}: format {FORMAT + 1}, but this version",
+    ),
+    "format before": (
+        lambda folder: edit_json(folder / MARK, format=FORMAT - 1),
+        f"{MARK}: format {FORMAT - 1}, but this version reads {FORMAT}; convert it again",
     ),
     "format none": (lambda folder: edit_json(folder / MARK, format=None), f"{MARK}: format None, but"),
     "no weights": (remove("weights"), "weights/und: not an Orbax checkpoint"),
@@ -536,10 +662,26 @@ DAMAGES = {  # what was done, and what the sentence names
     "no data": (remove("weights/gen/state/ocdbt*/d"), "weights/gen: not an Orbax checkpoint"),
     "data cut": (cut("weights/gen/state/ocdbt*/d/*"), "weights/gen: not an Orbax checkpoint"),
     "index cut": (cut("weights/gen/state/d/*"), "weights/gen: not an Orbax checkpoint"),
-    "array missing": (store("gen", lambda a: {k: v for k, v in a.items() if k != "b_in"}), "gen: missing: b_in [64]"),
+    "array missing": (store("gen", without("vision.b_in")), "gen: missing: vision.b_in [64]"),
     "array unknown": (store("gen", lambda a: a | {"stray": np.ones(3, np.float32)}), "gen: unexpected: stray [3]"),
-    "array misshapen": (store("gen", changed("b_in", lambda x: x[:-1])), "gen: misshapen: b_in is [63], expected [64]"),
-    "array of numbers": (store("gen", changed("b_in", lambda x: x.astype(np.int32))), "gen: odd kind: b_in is int32"),
+    "array misshapen": (
+        store("gen", changed("vision.b_in", lambda x: x[:-1])),
+        "gen: misshapen: vision.b_in is [63], expected [64]",
+    ),
+    "array of numbers": (
+        store("gen", changed("vision.b_in", lambda x: x.astype(np.int32))),
+        "gen: odd kind: vision.b_in is int32",
+    ),
+    "no sound store": (remove("weights/sound_tokenizer"), "weights/sound_tokenizer: not an Orbax checkpoint"),
+    "sound missing": (
+        store("sound_tokenizer", without("decoder.conv1.bias")),
+        "sound_tokenizer: missing: decoder.conv1.bias [64]",
+    ),
+    "sound of numbers": (
+        store("sound_tokenizer", changed("decoder.conv1.weight_g", lambda x: x.astype(np.int32))),
+        "sound_tokenizer: odd kind: decoder.conv1.weight_g is int32",
+    ),
+    "sound config gone": (remove("sound_tokenizer/config.json"), "sound_tokenizer/config.json: missing"),
     "config gone": (remove("transformer/config.json"), "transformer/config.json: missing"),
 }
 
@@ -556,6 +698,16 @@ def test_a_damaged_folder_gets_a_sentence(damage, broken, published, run, tmp_pa
     code, _, said = run(broken, "--to-safetensors", tmp_path / "dst")
     assert (code, words in said) == (2, True)
     assert not (tmp_path / "dst").exists()
+
+
+OF_SOUND = [damage for damage in DAMAGES if "sound" in damage]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
+@pytest.mark.parametrize("damage", OF_SOUND)
+def test_a_damaged_sound_tokenizer_stops_nobody_who_wants_no_sound(damage, broken):
+    DAMAGES[damage][0](broken)
+    assert "sound" not in Cosmos3Pipeline.from_pretrained(broken, sound=False, progress=False).residence.abstract
 
 
 @pytest.mark.parametrize("linked", ["weights", "weights/gen"])
@@ -630,7 +782,8 @@ def test_diffusers_reads_what_is_exported(family, published, converted, run, tmp
     import reference
 
     assert run(converted(family), "--to-safetensors", tmp_path / "back")[0] == 0
-    case = cases.BASE | {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2}
+    case = cases.BASE | {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2, "enable_sound": True}
     original, exported = (reference.run(reference.load(folder), case) for folder in (published(family), tmp_path / "back"))
+    assert {"video", "sound"} <= original.keys()
     for name, value in original.items():
         np.testing.assert_array_equal(exported[name], value)

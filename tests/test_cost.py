@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.cost import Collective, collectives, flops
+from cosmos3_jax.latents import Latents
 from cosmos3_jax.models.layers import QUERY_CHUNK, Rotary
 from cosmos3_jax.models.transformer import Prefix
 from cosmos3_jax.networks import abstract_networks
@@ -217,11 +218,13 @@ def test_what_all_devices_repeat_counts_for_each():
 
 @pytest.mark.parametrize("family", ["small", "wide", "edge"])
 @pytest.mark.parametrize(("cfg", "tp"), [(1, 1), (2, 2)])
-def test_a_step_of_the_model_by_hand(family, cfg, tp):
+@pytest.mark.parametrize("sound", [0, 5])
+def test_a_step_of_the_model_by_hand(family, cfg, tp, sound):
     config = cases.FAMILIES[family]
     B, S, t, h, w = 2, 40, 3, 13, 16  # rows are odd: 7 x 8 patches in each frame
-    G = t * 7 * 8
-    L, D, F, N, K, H, C, E = (config.sizes[letter] for letter in "LDFNKHCE")
+    patches = t * 7 * 8
+    G = patches + sound
+    L, D, F, N, K, H, C, E, A = (config.sizes[letter] for letter in "LDFNKHCEA")
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     mesh = make_mesh(cfg, tp)
     keys = shape((L, B, S, K, H))
@@ -229,7 +232,8 @@ def test_a_step_of_the_model_by_hand(family, cfg, tp):
     gen = abstract_networks(config, cases.VAE, mesh, "float32").gen
     with jax.set_mesh(mesh):
         rotary = Rotary(shape((B, G, H // 2)), shape((B, G, H // 2)))
-        arguments = (gen, rotary, prefix), shape((t, h, w, config.latent_channel)), 700.0, np.zeros(t, bool)
+        latents = Latents(shape((t, h, w, config.latent_channel)), shape((sound, A)) if sound else None)
+        arguments = (gen, rotary, prefix), latents, 700.0, np.zeros(t, bool)
         counted = flops(jax.make_jaxpr(velocity)(*arguments).jaxpr)
 
     padded_queries = math.ceil(G / QUERY_CHUNK) * QUERY_CHUNK  # the last chunk is computed whole
@@ -238,5 +242,5 @@ def test_a_step_of_the_model_by_hand(family, cfg, tp):
     of_a_token = 2 * D * (N * H + 2 * K * H) + 2 * D * N * H + matrices * 2 * D * F  # q, k, v; back together; MLP
     scores_and_mix = 2 * (2 * padded_queries * (G + S) * N * H)
     timestep = 2 * E * D + 2 * D * D
-    patches = 2 * G * C * D + B * 2 * G * C * D  # in, once for all branches; out, for each
-    assert counted == L * B * (G * of_a_token + scores_and_mix) + timestep + patches
+    heads = (1 + B) * 2 * D * (patches * C + sound * A)  # in, once for all branches; out, for each
+    assert counted == L * B * (G * of_a_token + scores_and_mix) + timestep + heads

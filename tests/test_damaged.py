@@ -36,12 +36,13 @@ STEM = "diffusion_pytorch_model"
 FILE = f"{STEM}.safetensors"
 SHARDS = [f"{STEM}-0000{i}-of-00002.safetensors" for i in (1, 2)]
 FIRST, SECOND, VAE = f"transformer/{SHARDS[0]}", f"transformer/{SHARDS[1]}", f"vae/{FILE}"
+SOUND, SOUND_CONFIG = f"sound_tokenizer/{FILE}", "sound_tokenizer/config.json"
 INDEX = f"transformer/{FILE}.index.json"
 MODEL, TRANSFORMER, VAE_CONFIG = "model_index.json", "transformer/config.json", "vae/config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "text_tokenizer/tokenizer.json", "text_tokenizer/tokenizer_config.json"
 TEMPLATE = "text_tokenizer/chat_template.jinja"
-JSON = (MODEL, TRANSFORMER, VAE_CONFIG, SCHEDULER, INDEX)
+JSON = (MODEL, TRANSFORMER, VAE_CONFIG, SCHEDULER, INDEX, SOUND_CONFIG)
 
 Damage = Callable[[Path], object]  # what it does to a folder, beside which there is the folder "outside"
 Case = tuple[Damage, str]  # and a pattern that the sentence has
@@ -352,6 +353,7 @@ PLACES: dict[str, Case] = {
             *JSON,
             FIRST,
             VAE,
+            SOUND,
             TOKENIZER,
             TOKENIZER_CONFIG,
             TEMPLATE,
@@ -359,6 +361,7 @@ PLACES: dict[str, Case] = {
             "vae",
             "scheduler",
             "text_tokenizer",
+            "sound_tokenizer",
         )
     },
     "link out of a folder in the tokenizer's": (linked_template, "leads out of its folder"),
@@ -369,8 +372,8 @@ PLACES: dict[str, Case] = {
         lambda folder: (folder / "assets").symlink_to(folder.parent / "outside"),
         "assets: leads out of its folder",
     ),
-    **{f"folder instead of {name}": (instead(name, Path.mkdir), re.escape(name)) for name in (*JSON, FIRST, VAE)},
-    **{f"pipe instead of {name}": (instead(name, os.mkfifo), re.escape(name)) for name in (*JSON, FIRST, VAE)},
+    **{f"folder instead of {name}": (instead(name, Path.mkdir), re.escape(name)) for name in (*JSON, FIRST, VAE, SOUND)},
+    **{f"pipe instead of {name}": (instead(name, os.mkfifo), re.escape(name)) for name in (*JSON, FIRST, VAE, SOUND)},
     **{
         f"{name} instead of its folder": (
             lambda folder, name=name: (shutil.rmtree(folder / name), (folder / name).touch()),
@@ -424,6 +427,8 @@ LIES: dict[str, dict[str, list[object]]] = {
         "patch_latent_dim": [63, "64", NAN],
         "timestep_scale": [NAN, INF, -1.0],
         "base_fps": [INF, 0],
+        "sound_gen": [1, "true"],
+        "sound_dim": [0, -8, 10**12, 10**300, 8.0, "8", NAN, [8], {"size": 8}, None],
         "unified_3d_mrope_temporal_modality_margin": [-1, 0.5, "far", NAN],
         "attention_bias": [True],
     },
@@ -455,6 +460,48 @@ LIES: dict[str, dict[str, list[object]]] = {
         "is_residual": [False, ...],
         "attn_scales": [[1.0]],
     },
+    SOUND_CONFIG: {
+        "sampling_rate": [0, -48000, 10**9, 48000.0, "48000", NAN, [48000], True],
+        "vocoder_input_dim": [0, -8, 10**12, 8.0, "8", [8]],
+        "dec_dim": [5, 0, -4, 10**9, 10**12, 4.0, "4"],
+        "dec_c_mults": [
+            [],
+            [1, 2, 4],
+            [1] * 10**6,
+            [1, 2, 4, 8, 0],
+            [-1, 2, 4, 8, 16],
+            [1.0, 2, 4, 8, 16],
+            ["1", 2, 4, 8, 16],
+            [[1], 2, 4, 8, 16],
+            [10**8] * 5,
+            5,
+        ],
+        "dec_strides": [
+            [],
+            [2, 4, 5],
+            [2] * 10**6,
+            [2, 4, 5, 6, 0],
+            [-2, 4, 5, 6, 8],
+            [2.0, 4, 5, 6, 8],
+            ["2", 4, 5, 6, 8],
+            [True] * 5,
+            [10**9] * 5,
+            [10**8] * 5,
+            "24568",
+        ],
+        "dec_out_channels": [1, 3, 0, -2, 10**9, "2"],
+        "hop_size": [0, -1, 10**30, 1920.0, "1920", NAN, [1920], {"size": 1920}, True],
+        "model_type": ["autoencoder_v1", 2, ["autoencoder_v2"]],
+        "dec_type": ["hifigan"],
+        "dec_use_snake": [False],
+        "dec_final_tanh": [True],
+        "dec_anti_aliasing": [True],
+        "dec_use_nearest_upsample": [True],
+        "activation": ["snake"],
+        "snake_logscale": [False],
+        "latent_mean": [0.5, [0.0] * 8],
+        "latent_std": [2.0],
+    },
     SCHEDULER: {
         "num_train_timesteps": [0, -1, "1000", 1000.5],
         "sigma_min": [NAN, INF, 0, 300.0],
@@ -470,6 +517,21 @@ SIZES: dict[str, Case] = {
     for value in lie
 } | {
     "quantized": (values(TRANSFORMER, quantization_config={"quant_method": "bitsandbytes"}), f"{TRANSFORMER}: quantiz"),
+    **{
+        f"{kind} of the sound decoder of {size}": (
+            values(SOUND_CONFIG, dec_c_mults=[each] * count, dec_strides=[each] * count),
+            rf"{re.escape(SOUND_CONFIG)}: |{FAULTS}",
+        )
+        for kind, size, each, count in [
+            ("a block", "most", 10**8, 1),
+            ("blocks", "least", 1, 900),
+            ("blocks", "most", 10**8, 900),
+        ]
+    },
+    "no blocks of the sound decoder": (values(SOUND_CONFIG, dec_c_mults=[], dec_strides=[]), re.escape(SOUND_CONFIG)),
+    "quantized sound": (values(SOUND_CONFIG, quantization_config={}), f"{SOUND_CONFIG}: quantiz"),
+    "latents that the sound tokenizer has not": (values(TRANSFORMER, sound_dim=9), "sound_dim=9 is not .*vocoder_input_dim=8"),
+    "latents that the transformer has not": (values(SOUND_CONFIG, vocoder_input_dim=7), "sound_dim=8 is not .*_input_dim=7"),
     "quantized vae": (values(VAE_CONFIG, quantization_config={"quant_method": "gguf"}), f"{VAE_CONFIG}: quantiz"),
     "channels that the VAE has not": (values(TRANSFORMER, latent_channel=4, latent_patch_size=4), "latent_channel=4"),
     "a rope_scaling that is a list": (values(TRANSFORMER, rope_scaling=[1], rope_axes_dim=...), "rope|mrope"),
@@ -503,6 +565,91 @@ TOKENIZERS: dict[str, Case] = {
     "chat template that includes": (write(TEMPLATE, "{% include '/etc/passwd' %}"), "chat template cannot be used"),
     "chat template a pipe": (instead(TEMPLATE, os.mkfifo), "chat template|text_tokenizer"),
 }
+
+
+def sound(change: Callable[[dict], dict]) -> Damage:
+    return tensors(change, SOUND)
+
+
+def without(name: str) -> Damage:
+    return sound(lambda found: {key: value for key, value in found.items() if key != name})
+
+
+def other(name: str, *shape: int) -> Damage:
+    return sound(lambda found: found | {name: np.ones(shape, np.float32)})
+
+
+SOUNDS: dict[str, Case] = {
+    "sound tokenizer cut": (cut(SOUND, -1), UNREADABLE),
+    "sound tokenizer cut to 4 bytes": (cut(SOUND, 4), UNREADABLE),
+    "sound tokenizer a pickle": (pickles(SOUND), UNREADABLE),
+    "sound tokenizer without tensors": (remove(SOUND), rf"sound_tokenizer: no {re.escape(FILE)} "),
+    "sound tokenizer of pickles": (
+        both(remove(SOUND), pickles(f"sound_tokenizer/{STEM}.bin")),
+        r"sound_tokenizer: no .*pickle files are never opened",
+    ),
+    "sound tokenizer without config": (remove(SOUND_CONFIG), rf"{re.escape(SOUND_CONFIG)}: missing"),
+    "sound tokenizer of another name": (
+        lambda folder: (folder / SOUND).rename(folder / "sound_tokenizer" / "model.safetensors"),
+        r"index\.json: missing, but there are safetensors files",
+    ),
+    "sound tokenizer all bare": (
+        sound(lambda found: {name.removeprefix("decoder."): tensor for name, tensor in found.items()}),
+        r"missing: decoder\.(.|\n)*unexpected: ",
+    ),
+    "sound tokenizer folded": (
+        sound(lambda found: {name.removesuffix("_v"): x for name, x in found.items() if name[-2:] != "_g"}),
+        r"missing: decoder\.conv1\.weight_g(.|\n)*unexpected: decoder\.conv1\.weight ",
+    ),
+    "sound tokenizer: encoder alone": (
+        sound(lambda found: {"encoder.w": np.ones(3, np.float32)}),
+        r"faults in the tensors\n  sound_tokenizer: missing: decoder\.",
+    ),
+    **{
+        f"sound tokenizer without {name}": (
+            without(f"decoder.{name}"),
+            rf"1 fault .*\n.*: missing: decoder\.{re.escape(name)} ",
+        )
+        for name in (
+            "conv1.weight_g",
+            "conv1.weight_v",
+            "conv2.weight_g",
+            "block.4.res_unit3.snake2.beta",
+            "block.0.conv_t1.bias",
+        )
+    },
+    **{
+        f"sound tokenizer with {name}": (other(name, 2), rf"1 fault .*\n.*: unexpected: {re.escape(name)} \[2\]")
+        for name in ("decoder.conv2.bias", "decoder.block.5.snake1.alpha", "quantizer.w", "decoder", "encoderless.w")
+    },
+    **{
+        f"sound tokenizer: {name} {shape}": (
+            other(f"decoder.{name}", *shape),
+            rf"1 fault .*\n.*: misshapen: decoder\.{name} is",
+        )
+        for name, shape in [
+            ("conv1.weight_v", (7, 8, 64)),
+            ("conv1.weight_g", (64,)),
+            ("conv1.weight_g", (1, 8, 1)),
+            ("block.0.conv_t1.weight_g", (1, 32, 1)),
+            ("block.0.conv_t1.weight_v", (32, 64, 16)),
+            ("snake1.alpha", (4,)),
+            ("conv1.bias", ()),
+        ]
+    },
+    **{
+        f"sound tokenizer: {name} of {kind}": (
+            header(lambda found, name=name, kind=kind: found[name].update(dtype=kind), SOUND),
+            rf"odd kind: {re.escape(name)} is {kind}, expected F32",
+        )
+        for name in ("decoder.conv1.weight_g", "decoder.conv1.bias")
+        for kind in ("I32", "U32")
+    },
+    "sound tokenizer: encoder of numbers": (
+        sound(lambda found: found | {"encoder.w": np.ones(3, np.int64)}),
+        r"odd kind: encoder\.w is I64",
+    ),
+}
 OLDER: dict[str, Case] = {
     "names that begin with model.": (rename("^", "model."), r"\A[^\n]*(older|before|first release)[^\n]*\Z"),
     "names of the first release": (
@@ -510,7 +657,7 @@ OLDER: dict[str, Case] = {
         r"\A[^\n]*(older|before|first release)[^\n]*\Z",
     ),
 }
-TABLE = FILES | PLACES | TEXTS | SIZES | TOKENIZERS | OLDER
+TABLE = FILES | PLACES | TEXTS | SIZES | TOKENIZERS | SOUNDS | OLDER
 
 
 # What is opened
@@ -577,12 +724,12 @@ def folder(pristine, tmp_path):
 
 @pytest.fixture
 def load(folder, tmp_path, monkeypatch):
-    """`load()` loads the folder, in little time and memory, and fails if anything is opened that should not be."""
+    """`load(**given)` loads the folder, in little time and memory, and fails if anything is opened that should not be."""
 
     def too_long(*_):
         pytest.fail(f"took more than {SECONDS} s")
 
-    def load():
+    def load(**given):
         monkeypatch.setattr("builtins.input", lambda *_: "y")  # someone who says yes to everything
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         limits, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, too_long)
@@ -591,7 +738,7 @@ def load(folder, tmp_path, monkeypatch):
         signal.alarm(SECONDS)
         RECORDS.append(events)
         try:
-            Cosmos3Pipeline.from_pretrained(folder, progress=False)
+            return Cosmos3Pipeline.from_pretrained(folder, progress=False, **given)
         finally:
             RECORDS.clear()
             signal.alarm(0)
@@ -613,8 +760,9 @@ def load(folder, tmp_path, monkeypatch):
 # What holds
 
 
-def test_nothing_outside_a_folder_is_opened(load):
-    load()
+@pytest.mark.parametrize("sound", [True, False])
+def test_nothing_outside_a_folder_is_opened(load, sound):
+    assert ("sound" in load(sound=sound).residence.abstract) == sound
 
 
 def test_the_watch_sees_what_is_opened(folder, tmp_path):
@@ -626,6 +774,7 @@ def test_the_watch_sees_what_is_opened(folder, tmp_path):
 
 
 PICKLED = [f"vae/{STEM}.bin", "transformer/pytorch_model.bin", "transformer/model.pt", "model.pkl", "text_tokenizer/vocab.pkl"]
+PICKLED += [f"sound_tokenizer/{STEM}.bin"]
 
 
 @pytest.mark.parametrize("name", [*PICKLED, "all"])
@@ -659,3 +808,19 @@ def test_a_damaged_folder_is_refused(folder, load, monkeypatch, damage, sentence
     message = str(error.value)
     assert all(line.isprintable() for line in message.split("\n")), "a terminal should not obey the sentence"
     assert len(message) < 100_000
+
+
+OF_SOUND = SOUNDS | {name: case for name, case in (TEXTS | SIZES).items() if name.startswith(SOUND_CONFIG)}
+
+
+@pytest.mark.parametrize("damage", [damage for damage, _ in OF_SOUND.values()], ids=OF_SOUND)
+def test_a_damaged_sound_tokenizer_stops_nobody_who_wants_no_sound(folder, load, damage):
+    damage(folder)
+    assert "sound" not in load(sound=False).residence.abstract
+
+
+@pytest.mark.parametrize("size", LIES[TRANSFORMER]["sound_dim"], ids=repr)
+def test_a_size_of_sound_heads_that_is_none_without_a_sound_tokenizer(folder, load, size):
+    values(TRANSFORMER, sound_dim=size)(folder)
+    with pytest.raises(InputError, match=rf"{re.escape(TRANSFORMER)}: .*sound_dim|{FAULTS}"):
+        load(sound=False)

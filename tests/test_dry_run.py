@@ -17,7 +17,7 @@ import cases
 import pytest
 
 from cosmos3_jax import dry_run, generate, media
-from cosmos3_jax.config import NANO, TINY, WAN_VAE
+from cosmos3_jax.config import NANO, SOUND_TOKENIZER, TINY, TINY_SOUND, UNIPC, WAN_VAE
 from cosmos3_jax.estimate import TEXT_TOKENS, Estimate, Job, Stage, estimate
 from cosmos3_jax.gpus import GPUS
 from cosmos3_jax.request import Request, resolve
@@ -145,6 +145,25 @@ def test_tables_say_what_json_says(done):
     assert [cells(line)[0] for line in meshes[2:]] == ["--cfg 1 --tp 1", "--cfg 2 --tp 4"]
 
 
+def test_sound_is_told_too(folder, monkeypatch):
+    """Its decoder is a stage as any other; a checkpoint's own tokenizer is taken, whose weights need not be there."""
+    monkeypatch.setattr(dry_run, "MESHES", ((1, 1),))
+    done = run("--checkpoint", folder, "--sound", "--num-frames", 5)
+    assert (done.code, done.err) == (0, "")
+    asked = Request("", num_frames=5, height=64, width=96, num_inference_steps=3, enable_sound=True)
+    request = resolve(asked, TINY, cases.VAE, UNIPC, TINY_SOUND)
+    e = estimate(Job(TINY, cases.VAE, request, "bfloat16", 128, TINY_SOUND), 1, 1)
+    told = done.told["chosen"]["stages"]
+    assert list(told) == ["prefill", "step", "decode", "decode_sound"]
+    assert {name: (part["runs"], part["flops"]) for name, part in told.items()} == {
+        stage.name: (stage.runs, stage.flops) for stage in e.stages
+    }
+    assert done.told["chosen"]["weights"] == e.weights
+    memory, time, _ = tables(done.out)
+    assert cells(memory[-1])[0] == "decode_sound"
+    assert "decode_sound x 1" in [cells(line)[0] for line in time]
+
+
 # The tables of made-up estimates
 
 
@@ -244,6 +263,15 @@ def test_flags_reach_the_job(folder, jobs):
     assert (jobs[1].transformer, jobs[1].vae, jobs[1].dtype) == (NANO, WAN_VAE, "bfloat16")
 
 
+def test_sound_reaches_the_job(folder, jobs):
+    run("--checkpoint", folder, "--sound")
+    run("--checkpoint", folder)
+    run("--preset", "nano", "--sound")
+    run("--preset", "edge")
+    assert [job.sound if job.request.enable_sound else None for job in jobs] == [TINY_SOUND, None, SOUND_TOKENIZER, None]
+    assert [job.request.sound_frames(job.sound) for job in jobs] == [2, 0, 2, 0]  # of one frame, a 24th of a second
+
+
 def test_no_prompt_and_no_place_for_the_video_are_needed(folder, jobs, monkeypatch):
     monkeypatch.setattr(media, "check_writable", lambda *_: pytest.fail("nothing is written"))
     assert run("--checkpoint", folder, "--out", "no/such/folder/a.png").code == 0
@@ -262,6 +290,10 @@ def test_no_prompt_and_no_place_for_the_video_are_needed(folder, jobs, monkeypat
         ("--preset nano --cfg 3", "cfg=3: guidance has two branches; use cfg=1 or cfg=2"),
         ("--preset nano --height 100", "height=100 is not a multiple of 16; use 96 or 112"),
         ("--checkpoint no", "no: there is no such folder"),
+        (
+            "--preset edge --sound",
+            "enable_sound: this checkpoint has no sound heads (sound_gen=false); leave it out, or take Cosmos3-Nano or -Super",
+        ),
     ],
 )
 def test_wrong_input_is_one_sentence(folder, tmp_path, monkeypatch, flags, sentence):

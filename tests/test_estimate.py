@@ -16,10 +16,22 @@ import jax.numpy as jnp
 import pytest
 
 from cosmos3_jax.axes import make_mesh
-from cosmos3_jax.config import NANO, PRESETS, TINY, WAN_VAE, InputError, TransformerConfig, VAEConfig
+from cosmos3_jax.config import (
+    NANO,
+    PRESETS,
+    TINY,
+    TINY_SOUND,
+    UNIPC,
+    WAN_VAE,
+    InputError,
+    SoundConfig,
+    TransformerConfig,
+    VAEConfig,
+)
 from cosmos3_jax.cost import Collective
 from cosmos3_jax.estimate import STAND_IN, Estimate, Job, Stage, estimate, virtual_devices
 from cosmos3_jax.gpus import GPU, GPUS
+from cosmos3_jax.models.sound import WINDOW, SoundDecoder
 from cosmos3_jax.networks import abstract_networks
 from cosmos3_jax.published import unused_tensors
 from cosmos3_jax.request import Request, resolve
@@ -118,8 +130,7 @@ def test_only_activations_are_sent(eight, name):
 def test_the_branches_meet_once_a_step(eight, name):
     """What is gathered is the velocity of both; never a weight."""
     (gathered,) = (c for c in stages(eight[0][name])["step"].collectives if c.kind == "all-gather")
-    assert (gathered.shape, gathered.count) == (f"f32[2,{T},{H},{W},48]", 1)
-    assert gathered.nbytes == 4 * 2 * T * H * W * 48
+    assert (gathered.count, gathered.nbytes) == (1, 4 * 2 * T * H * W * 48)
 
 
 def test_the_decoder_exchanges_borders(eight):
@@ -154,7 +165,7 @@ def published_bytes(name: str, tp: int) -> int:
     total, unused = 0, unused_tensors(PRESETS[name])
     for tensor, shape in published(f"transformer_{name}").items():
         if tensor not in unused:
-            is_divided = tensor.split(".")[-2] in (*ATTENTION, *MLP)
+            is_divided = not {*ATTENTION, *MLP}.isdisjoint(tensor.split("."))
             total += math.prod(shape) * (4 if tensor.startswith("time_embedder.") else 2) // (tp if is_divided else 1)
     return total
 
@@ -222,6 +233,92 @@ def test_two_branches_on_two_halves():
 
 def test_steps_are_run_so_often():
     assert {stage.name: stage.runs for stage in small(num_inference_steps=7).stages} == {"prefill": 1, "step": 7, "decode": 1}
+
+
+# With sound
+
+
+def with_sound(cfg: int = 1, tp: int = 1, *, config: TransformerConfig = TINY, asked: bool = True, **request) -> Estimate:
+    """A small video of five frames, 32 x 32 pixels, of a checkpoint that can make sound."""
+    settings = {"num_frames": 5, "height": 32, "width": 32, "enable_sound": asked} | request
+    job = Job(config, SMALL_VAE, resolve(Request("", **settings), config, SMALL_VAE, UNIPC, TINY_SOUND), sound=TINY_SOUND)
+    return estimate(job, cfg, tp)
+
+
+SOUND_FRAMES = 6  # of five frames at 24 frames a second
+PATCHES = 2 * 1 * 1  # two latent frames of 2 x 2
+
+
+def test_sound_adds_its_decoder_and_nothing_else_changes_its_place():
+    assert list(stages(with_sound())) == ["prefill", "step", "decode", "decode_sound"]
+    assert list(stages(with_sound(image=cases.IMAGE))) == ["prefill", "step", "encode", "decode", "decode_sound"]
+    sounding, silent = with_sound(num_inference_steps=7), with_sound(num_inference_steps=7, asked=False)
+    assert {stage.name: stage.runs for stage in sounding.stages} == {"prefill": 1, "step": 7, "decode": 1, "decode_sound": 1}
+    for name in ("prefill", "decode"):
+        assert stages(sounding)[name] == stages(silent)[name]
+    assert sounding.weights == silent.weights + stages(sounding)["decode_sound"].weights
+
+
+def test_who_asks_for_no_sound_is_told_what_a_silent_checkpoint_takes():
+    silent = ask(TINY, SMALL_VAE, 1, 1, num_frames=5, height=32, width=32)
+    assert with_sound(asked=False) == silent
+    without = ask(
+        dataclasses.replace(TINY, sound_gen=False, sound_dim=None), SMALL_VAE, 1, 1, num_frames=5, height=32, width=32
+    )
+    heads = 2 * (2 * TINY.hidden_size * 8 + 2 * TINY.hidden_size + 8)  # in and out, their biases and the mark; two bytes each
+    assert silent.weights - without.weights == heads
+    for ours, bare in zip(silent.stages, without.stages, strict=True):
+        assert dataclasses.replace(ours, weights=0) == dataclasses.replace(bare, weights=0)
+
+
+def test_sound_adds_a_token_for_each_latent():
+    # On two devices an all-reduce is of all tokens; on two halves the velocities of video and sound are gathered at once.
+    silent, sounding = (stages(with_sound(2, 2, asked=asked))["step"] for asked in (False, True))
+    tokens = []
+    for step, sound in ((silent, 0), (sounding, SOUND_FRAMES)):
+        (reduced,) = {c.shape for c in step.collectives if c.kind == "all-reduce"}
+        tokens.append(int(reduced.split(",")[1]))
+        assert reduced == f"f16[1,{tokens[-1]},{TINY.hidden_size}]"
+        (gathered,) = (c for c in step.collectives if c.kind == "all-gather")
+        t, h, w = SMALL_VAE.latent_shape(5, 32, 32)
+        assert (gathered.count, gathered.nbytes) == (1, 4 * 2 * (t * h * w * SMALL_VAE.z_dim + sound * 8))
+    assert tokens == [PATCHES, PATCHES + SOUND_FRAMES]
+    assert step.collected("all-reduce")[0] == 2 * TINY.num_hidden_layers
+
+
+def test_inputs_of_a_step_with_sound():
+    """Rotary angles of each branch, four sampler states."""
+    silent, sounding = (stages(with_sound(asked=asked))["step"] for asked in (False, True))
+    assert sounding.inputs - silent.inputs == 4 * SOUND_FRAMES * (2 * 2 * TINY.head_dim // 2 + 4 * 8)
+
+
+def sound_flops(config: SoundConfig, latents: int) -> int:
+    """Of matrix products and convolutions, for so many latents in one pass."""
+    widths = [config.dec_dim * factor for factor in (1, *config.dec_c_mults)]
+    n, total = latents, 2 * latents * 7 * config.vocoder_input_dim * widths[-1]
+    for stride, inputs, outputs in zip(config.dec_strides[::-1], widths[:0:-1], widths[-2::-1], strict=True):
+        total += 2 * n * inputs * outputs * 2 * stride
+        n *= stride
+        total += 3 * 2 * n * (7 + 1) * outputs**2
+    return total + 2 * n * 7 * widths[0] * config.dec_out_channels
+
+
+@pytest.mark.parametrize("num_frames", [5, 189])
+@pytest.mark.parametrize(("cfg", "tp"), [(1, 1), (1, 2)])
+def test_the_sound_decoder_by_hand(num_frames, cfg, tp):
+    """In one pass, or in windows that overlap; every device decodes all of it."""
+    stage = stages(with_sound(cfg, tp, num_frames=num_frames))["decode_sound"]
+    latents = TINY_SOUND.latent_frames(num_frames, 24.0)
+    overlap = 2 * SoundDecoder(TINY_SOUND).reach
+    windows = -(-latents // WINDOW)
+    is_long = latents > WINDOW + overlap
+    assert is_long == (num_frames == 189)
+    in_a_window = -(-latents // windows) + overlap  # the windows are as even as they can be
+    decoded = windows * sound_flops(TINY_SOUND, in_a_window) if is_long else sound_flops(TINY_SOUND, latents)
+    assert stage.flops == cfg * tp * decoded
+    assert stage.inputs == 4 * 8 * latents
+    assert stage.results == 4 * 2 * 1920 * latents
+    assert not stage.collectives
 
 
 def test_longer_text_takes_more():

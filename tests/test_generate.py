@@ -1,15 +1,19 @@
 """The command line: a video and a JSON line, or one sentence and exit code 2 with nothing left behind."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import types
+import wave
 from pathlib import Path
 
+import imageio_ffmpeg
 import jax
 import numpy as np
 import pytest
@@ -17,12 +21,14 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from convert.random_checkpoint import write_checkpoint
-from cosmos3_jax import Cosmos3Pipeline, InputError, generate, make_mesh, media
+from cosmos3_jax import Cosmos3Pipeline, InputError, dry_run, generate, make_mesh, media
 from cosmos3_jax.checkpoint import BUILT_IN
+from cosmos3_jax.config import TINY
 from cosmos3_jax.safetensors_files import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # imageio leaves its pipes to the collector
 SMALL = ["--num-frames", "5", "--height", "32", "--width", "32", "--steps", "2"]
+FILE = "diffusion_pytorch_model.safetensors"
 STAGES = {"load", "tokenize", "prefill", "denoise", "decode", "write"}
 
 
@@ -37,14 +43,15 @@ def run(*flags) -> types.SimpleNamespace:
 
 @pytest.fixture
 def shoot(monkeypatch):
-    """`shoot(*flags)`: a run that writes nothing; its frames are as they would go to H.264."""
+    """`shoot(*flags)`: a run that writes nothing; its frames are as they would go to H.264, its sound as to AAC."""
 
     def shoot(*flags) -> types.SimpleNamespace:
         taken = []
         with monkeypatch.context() as patch:
-            patch.setattr(media, "write", lambda path, frames, fps: taken.append(frames))
+            patch.setattr(media, "write", lambda path, frames, fps, sound: taken.append((frames, sound)))
             done = run(*flags)
-        return types.SimpleNamespace(frames=taken[0], told=done.told)
+        (frames, sound), *_ = taken
+        return types.SimpleNamespace(frames=frames, sound=sound, told=done.told)
 
     return shoot
 
@@ -91,7 +98,7 @@ def test_what_is_printed(video):
     seconds = told.pop("seconds")
     assert seconds.keys() == STAGES
     assert lines >= {f"{stage}  {value:.2f} s" for stage, value in seconds.items()}
-    assert "text_tower  keep (all weights take 0.00817 GB of each device)" in lines
+    assert "text_tower  keep (all weights take 0.00818 GB of each device)" in lines
     assert lines >= {f"{name}  {value}" for name, value in told.items() if name not in ("version", "text_tower")}
     assert "denoise: 100%" in done.err
 
@@ -102,14 +109,34 @@ def test_random_weights_are_said_to_be(video):
     assert "random" not in run("--checkpoint", BUILT_IN, "--prompt", "waves", "--out", video[0]).out
 
 
-def test_what_is_told_makes_it_again(shoot):
-    asked = ["--seed", 7, "--prompt", "waves", "--negative-prompt", "rain", "--sigmas", "linear", "--guidance-scale", 3.5]
+@pytest.mark.parametrize("sound", [[], ["--sound"]], ids=["silent", "sound"])
+def test_what_is_told_makes_it_again(shoot, sound):
+    asked = [
+        *sound,
+        "--seed",
+        7,
+        "--prompt",
+        "waves",
+        "--negative-prompt",
+        "rain",
+        "--sigmas",
+        "linear",
+        "--guidance-scale",
+        3.5,
+    ]
     done = shoot(*asked)
     told = {name.replace("_", "-"): value for name, value in done.told.items()}
     told["steps"] = told.pop("num-inference-steps")
-    again = shoot(*(f"--{name}={value}" for name, value in told.items() if name not in ("out", "seconds", "version", "mesh")))
+    assert told.pop("enable-sound", False) == bool(sound)
+    names = told.keys() - {"out", "seconds", "version", "mesh"}
+    again, other = shoot(*sound, *(f"--{name}={told[name]}" for name in names)), shoot(*asked, "--seed", 8)
     np.testing.assert_array_equal(again.frames, done.frames)
-    assert (again.frames != shoot(*asked, "--seed", 8).frames).any()
+    assert (again.frames != other.frames).any()
+    if sound:
+        np.testing.assert_array_equal(again.sound.wave_cn, done.sound.wave_cn)
+        assert (again.sound.wave_cn != other.sound.wave_cn).any()
+    else:
+        assert done.sound is None
 
 
 @pytest.mark.parametrize(("num_frames", "name"), [(1, "cosmos3.png"), (5, "cosmos3.mp4")])
@@ -160,14 +187,14 @@ def test_what_is_given_is_told_by_its_size(flags, name, value):
 def test_where_and_how_it_runs(monkeypatch):
     """The mesh and the dtype reach the pipeline, which is asked for nothing more here."""
 
-    def stop(path, *, mesh, dtype, text_tower):
-        raise InputError(f"{path.name} {dict(mesh.shape)} {dtype} {text_tower}")
+    def stop(path, *, mesh, dtype, text_tower, sound):
+        raise InputError(f"{path.name} {dict(mesh.shape)} {dtype} {text_tower} {sound}")
 
     monkeypatch.setattr(generate, "make_mesh", lambda cfg, tp: make_mesh(cfg, tp, jax.devices() * 8))
     monkeypatch.setattr(Cosmos3Pipeline, "from_pretrained", stop)
-    told = run("--cfg", 2, "--tp", 4, "--dtype", "bfloat16", "--text-tower", "drop").err
-    assert told == "error: tiny {'cfg': 2, 'tp': 4} bfloat16 drop\n"
-    assert run().err == "error: tiny {'cfg': 1, 'tp': 1} None auto\n"
+    told = run("--cfg", 2, "--tp", 4, "--dtype", "bfloat16", "--text-tower", "drop", "--sound").err
+    assert told == "error: tiny {'cfg': 2, 'tp': 4} bfloat16 drop True\n"
+    assert run().err == "error: tiny {'cfg': 1, 'tp': 1} None auto False\n"
 
 
 @pytest.mark.usefixtures("place")
@@ -178,6 +205,124 @@ def test_a_warning_is_a_line():
     )
 
 
+# With sound
+
+
+def heard(path: Path) -> tuple[np.ndarray, int]:
+    """The sound in a file as ffmpeg decodes it, [channels, samples] in [-1, 1], and its rate."""
+    ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+    done = subprocess.run([ffmpeg, "-v", "error", "-i", path, "-map", "0:a:0", "-f", "wav", "-"], capture_output=True)
+    with wave.open(io.BytesIO(done.stdout)) as file:
+        samples = np.frombuffer(file.readframes(1 << 30), "<i2").reshape(-1, file.getnchannels())
+        return samples.T / 32767, file.getframerate()
+
+
+@pytest.fixture(scope="module")
+def talkie(tmp_path_factory):
+    """A video with sound, and its sound alone."""
+    folder = tmp_path_factory.mktemp("talkie")
+    return folder, run("--sound", "--out", folder / "ball.mp4", "--save-sound", folder / "ball.wav")
+
+
+def test_a_video_with_sound_is_written(talkie):
+    folder, done = talkie
+    assert done.code == 0, done.err
+    assert sorted(file.name for file in folder.iterdir()) == ["ball.mp4", "ball.wav"]
+    assert len(media.open_clip(folder / "ball.mp4", 100)) == 5
+    (beside, rate), (alone, same) = (heard(folder / name) for name in ("ball.mp4", "ball.wav"))
+    assert (rate, same) == (48000, 48000)
+    assert alone.shape == (2, 6 * 1920)  # whole latents, where the video has 5 frames of 2000 samples
+    assert 0 <= beside.shape[1] - 10_000 < 1024  # as long as the video, but that some ffmpegs decode AAC's last frame whole
+    for one, other in zip(alone, beside, strict=True):
+        assert one.std() > 0.01
+        assert np.corrcoef(one[:10_000], other[:10_000])[0, 1] > 0.98  # AAC has a loss
+
+
+def test_what_is_printed_of_sound(talkie, video):
+    folder, done = talkie
+    assert done.told["enable_sound"] is True
+    assert (done.told["out"], done.told["save_sound"]) == (str(folder / "ball.mp4"), str(folder / "ball.wav"))
+    assert done.told["seconds"].keys() == STAGES | {"decode_sound"}
+    assert video[1].told.keys() == done.told.keys() - {"enable_sound", "save_sound"}
+    assert "enable_sound  True" in done.out
+    assert "keep (all weights take 0.00849 GB of each device)" in done.out
+    assert "sound" not in video[1].out
+
+
+def test_the_frames_know_nothing_of_how_the_sound_is_saved(shoot):
+    with_file, without_file = shoot("--sound", "--save-sound", "a.wav"), shoot("--sound")
+    np.testing.assert_array_equal(with_file.frames, without_file.frames)
+    np.testing.assert_array_equal(with_file.sound.wave_cn, without_file.sound.wave_cn)
+    assert with_file.sound.sample_rate == 48000
+
+
+@pytest.mark.parametrize("num_frames", [1, 5])
+def test_sound_alone(tmp_path, num_frames):
+    assert run("--sound", "--num-frames", num_frames, "--out", tmp_path / "a.wav").told["out"] == str(tmp_path / "a.wav")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.wav"]
+    sound, rate = heard(tmp_path / "a.wav")
+    assert (sound.shape, rate) == ((2, 1920 * -(-num_frames * 2000 // 1920)), 48000)
+
+
+def test_the_default_name_of_a_picture_with_sound(tmp_path, monkeypatch):
+    """It is a film of one frame: no format of pictures has sound."""
+    monkeypatch.chdir(tmp_path)
+    assert run("--num-frames", 1, "--sound").told["out"] == "cosmos3.mp4"
+    assert heard(tmp_path / "cosmos3.mp4")[0].shape[0] == 2
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A folder of checkpoints that cannot make sound, each for a reason of its own."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write_checkpoint(folder / "no_heads", dataclasses.replace(TINY, sound_gen=False, sound_dim=None))
+    for name in ("no_tokenizer", "no_config", "no_tensors", "other_tensors"):
+        write_checkpoint(folder / name)
+    shutil.rmtree(folder / "no_tokenizer" / "sound_tokenizer")
+    (folder / "no_config" / "sound_tokenizer" / "config.json").unlink()
+    (folder / "no_tensors" / "sound_tokenizer" / FILE).unlink()
+    save_file({"decoder.w": np.zeros(3, np.float32)}, folder / "other_tensors" / "sound_tokenizer" / FILE)
+    return folder
+
+
+SILENT = {
+    "no_heads": r"enable_sound: this checkpoint has no sound heads \(sound_gen=false\); leave it out, or take .*",
+    "no_tokenizer": "enable_sound: this checkpoint has no sound tokenizer.*; leave it out",
+    "no_config": r".*sound_tokenizer/config\.json: missing; is the checkpoint complete\?",
+    "no_tensors": rf".*sound_tokenizer: no {re.escape(FILE)} .*; is the checkpoint complete\?",
+    "other_tensors": r".*faults in the tensors\n(  sound_tokenizer: missing: .*\n)+  sound_tokenizer: unexpected: .*\[3\]",
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_a_checkpoint_that_cannot_make_sound(checkpoints, place, monkeypatch, name):
+    """It is refused with --sound before a weight is read, and without it makes a video."""
+    flags = ["--checkpoint", checkpoints / name, "--prompt", "waves", "--out", "out/a.mp4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "view", lambda self: pytest.fail("a tensor was read"))
+        done = run(*flags, "--sound")
+    assert (done.code, done.out) == (2, "")
+    assert re.fullmatch(f"error: {SILENT[name]}\n", done.err)
+    assert not list((place / "out").iterdir())
+    assert run(*flags).code == 0
+
+
+def test_a_dry_run_with_sound(monkeypatch):
+    """A stage of its own, and more tokens for the others."""
+    monkeypatch.setattr(dry_run, "MESHES", ())  # but the one that is asked for
+    without_sound, with_sound = (run("--dry-run", "--preset", "nano", *flags).told["chosen"] for flags in ([], ["--sound"]))
+    assert with_sound["stages"].keys() - without_sound["stages"].keys() == {"decode_sound"}
+    assert with_sound["weights"] > without_sound["weights"]
+    assert with_sound["stages"]["step"]["flops"] > without_sound["stages"]["step"]["flops"]
+
+
+@pytest.mark.parametrize("flags", ["--preset edge", "--checkpoint {}"])
+def test_a_dry_run_without_sound_heads_is_refused(checkpoints, flags):
+    done = run("--dry-run", "--sound", "--prompt", "waves", *flags.format(checkpoints / "no_heads").split())
+    assert (done.code, done.out) == (2, "")
+    assert re.fullmatch(f"error: {SILENT['no_heads']}\n", done.err)
+
+
 # What does not
 
 WRONG = [
@@ -186,7 +331,17 @@ WRONG = [
     ("--fps nan", "fps=nan: a number from 0.1 to 1000 is expected"),
     ("--seed -1", "seed=-1: a whole number of at least 0 is expected"),
     ("--steps 0", "num_inference_steps=0: a whole number of at least 1 is expected"),
-    ("--sound", "enable_sound: .*; leave it out"),
+    ("--sound --num-frames 1 --out out/a.png", "out/a.png: one frame with sound cannot be written as .png; use .mp4, .wav"),
+    ("--sound --out out/a.png", "out/a.png: 5 frames with sound cannot be written as .png; use .mp4, .wav"),
+    ("--out out/a.wav", "out/a.wav: 5 frames cannot be written as .wav; use .mp4"),
+    ("--num-frames 1 --out out/a.wav", "out/a.wav: one frame cannot be written as .wav; use .mp4, .png, .*"),
+    ("--save-sound out/a.wav", "--save-sound without --sound: there is none to save"),
+    ("--sound --save-sound out/a.mp3", "--save-sound out/a.mp3: a .wav is expected"),
+    ("--sound --save-sound out/a.mp4", "--save-sound out/a.mp4: a .wav is expected"),
+    ("--sound --save-sound out/wav", "--save-sound out/wav: a .wav is expected"),
+    ("--sound --save-sound ''", "--save-sound .*: a .wav is expected"),
+    ("--sound --save-sound no/a.wav", "no/a.wav: the folder no does not exist; create it first"),
+    ("--sound --save-sound .wav", "--save-sound .wav: a .wav is expected"),
     ("--image a.png --video a.mp4", "image and video together: .*"),
     ("--image a.png --num-frames 1 --out out/a.png", "image with num_frames=1 .*; ask for 5 frames or more"),
     ("--video a.mp4 --condition-frame-indexes-vision 2", r"condition_frame_indexes_vision=\[2\]: 5 frames have .* 0 to 1"),

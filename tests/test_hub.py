@@ -1,5 +1,6 @@
 """Checkpoints from Hugging Face: what is fetched, from where, what is not, and the sentence of every failure."""
 
+import dataclasses
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest import mock
 
 import cases
 import numpy as np
@@ -35,7 +37,7 @@ PLAIN = [
     "vae/config.json",
 ]
 WEIGHTS = [f"transformer/{FILE}", f"vae/{FILE}"]
-SOUND = ["sound_tokenizer/config.json", "sound_tokenizer/model.safetensors"]
+SOUND = ["sound_tokenizer/config.json", f"sound_tokenizer/{FILE}"]
 NEVER = [  # also published
     "README.md",
     "assets/demo.mp4",
@@ -53,8 +55,17 @@ NEVER = [  # also published
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory):
-    """A checkpoint that loads."""
+    """A checkpoint that loads, with sound."""
     return write_checkpoint(tmp_path_factory.mktemp("complete"), cases.FAMILIES["small"], cases.VAE)
+
+
+@pytest.fixture(scope="module")
+def without_heads(complete, tmp_path_factory):
+    """One that cannot make sound, although there is a sound tokenizer."""
+    config = dataclasses.replace(cases.FAMILIES["small"], sound_gen=False, sound_dim=None)
+    folder = write_checkpoint(tmp_path_factory.mktemp("without_heads"), config, cases.VAE)
+    shutil.copytree(complete / "sound_tokenizer", folder / "sound_tokenizer")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +75,7 @@ def published(complete, tmp_path_factory):
     for revision in ("main", "v1"):
         folders[revision] = tmp_path_factory.mktemp("published") / revision
         shutil.copytree(complete, folders[revision], ignore=shutil.ignore_patterns("*.safetensors"))
-        for name in (PLAIN[0], *WEIGHTS, *SOUND, *NEVER):
+        for name in (PLAIN[0], *WEIGHTS, SOUND[1], *NEVER):
             (folders[revision] / name).parent.mkdir(exist_ok=True)
             (folders[revision] / name).write_text(json.dumps({"of": f"{name} of {revision}"}))
     return folders
@@ -164,7 +175,30 @@ def test_what_was_fetched_loads(server, complete):
     pipe = Cosmos3Pipeline.from_pretrained(f"{REPO}@v1", progress=False)
     assert (pipe.checkpoint.folder / WEIGHTS[0]).is_symlink()
     stored = load_file(complete / WEIGHTS[0])["proj_in.bias"]
-    np.testing.assert_array_equal(pipe.residence.bring("gen").weights["b_in"].get_value(), stored)
+    np.testing.assert_array_equal(pipe.residence.bring("gen").weights["vision"]["b_in"].get_value(), stored)
+
+
+@pytest.mark.parametrize(
+    ("heads", "sound", "fetched"), [(True, True, SOUND), (True, False, []), (False, True, SOUND[:1]), (False, False, [])]
+)
+def test_the_sound_tokenizer_is_fetched_where_it_can_be_used(server, request, heads, sound, fetched):
+    """Not if it was not asked for, and its weights not for a transformer without sound heads."""
+    server.push("v1", request.getfixturevalue("complete" if heads else "without_heads"))
+    pipe = Cosmos3Pipeline.from_pretrained(f"{REPO}@v1", sound=sound, progress=False)
+    expected = [name for name in PLAIN if not name.startswith("assets")] + WEIGHTS + fetched
+    assert files(pipe.checkpoint.folder) == sorted(server.downloaded) == sorted(expected)
+    assert ("sound" in pipe.residence.abstract) == (heads and sound)
+
+
+def test_sound_is_fetched_later(server, complete):
+    """Beside what is there already."""
+    server.push("v1", complete)
+    Cosmos3Pipeline.from_pretrained(f"{REPO}@v1", sound=False, progress=False)
+    server.downloaded.clear()
+    pipe = Cosmos3Pipeline.from_pretrained(f"{REPO}@v1", progress=False)
+    assert sorted(server.downloaded) == sorted(SOUND)
+    stored = load_file(complete / SOUND[1])["decoder.conv1.bias"]
+    np.testing.assert_array_equal(pipe.residence.bring("sound").weights["conv1"]["bias"].get_value(), stored)
 
 
 # Without a network
@@ -189,6 +223,19 @@ def test_what_the_cache_has_not(server, cut_off, fetched):
     [command] = re.findall("`(hf download .*?)`", str(error.value))
     assert command.startswith(f"hf download {REPO} ")
     assert all(name.split("/")[0] in str(error.value) for name in PLAIN + WEIGHTS), "a part that one would not know to fetch"
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_sound_that_the_cache_has_not(server, cut_off, complete, loaded):
+    """The rest loads, and the command would fetch the sound tokenizer too."""
+    server.push("v1", complete)
+    if loaded:
+        Cosmos3Pipeline.from_pretrained(f"{REPO}@v1", sound=False, progress=False)
+    cut_off()
+    with refused(f"{REPO}@v1", "neither", "`hf download", "text_tokenizer, sound_tokenizer are needed"):
+        Cosmos3Pipeline.from_pretrained(f"{REPO}@v1", progress=False)
+    if loaded:
+        Cosmos3Pipeline.from_pretrained(f"{REPO}@v1", sound=False, progress=False)
 
 
 def test_the_command_names_the_revision(server, cut_off):
@@ -299,7 +346,8 @@ IMAGE = ["--prompt", "a ball", "--num-frames", "1", "--height", "32", "--width",
 WRONG = {
     "height": (["--height", "33"], "height"),
     "frames": (["--num-frames", "4"], "num_frames"),
-    "sound": (["--sound"], "sound"),
+    "sound of a picture": (["--sound", "--out", "a.png"], r"one frame with sound cannot be written as \.png"),
+    "no sound to save": (["--save-sound", "a.wav"], "--save-sound without --sound"),
     "out": (["--out", "no/such/folder/a.png"], "no/such/folder"),
     "image": (["--image", "no.png", "--num-frames", "5"], r"no\.png"),
     "mesh": (["--tp", "3"], "tp=3"),
@@ -312,7 +360,25 @@ def test_a_wrong_request_is_refused_before_weights_are_fetched(server, capsys, m
     monkeypatch.chdir(tmp_path)
     assert main(["--checkpoint", f"{REPO}@v1", *IMAGE, *flags]) == 2
     assert re.fullmatch(f"error: .*{sentence}.*", capsys.readouterr().err.splitlines()[-1])  # behind the hub's own bar
-    assert set(server.downloaded) <= {*PLAIN, SOUND[0]}
+    assert set(server.downloaded) <= {*PLAIN, *SOUND[: "--sound" in flags]}
+
+
+def test_sound_that_cannot_be_made_is_refused_before_weights_are_fetched(server, without_heads, capsys):
+    server.push("v1", without_heads)
+    assert main(["--checkpoint", f"{REPO}@v1", *IMAGE, "--sound"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: enable_sound: this checkpoint has no sound heads")
+    assert WEIGHTS[0] not in server.downloaded
+    assert SOUND[1] not in server.downloaded
+
+
+@pytest.mark.parametrize("sound", [False, True])
+def test_the_command_fetches_the_sound_tokenizer_with_sound_alone(server, complete, monkeypatch, tmp_path, sound):
+    server.push("v1", complete)
+    monkeypatch.setattr(Cosmos3Pipeline, "run", stop := mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        main(["--checkpoint", f"{REPO}@v1", *IMAGE, *["--sound"] * sound, "--out", str(tmp_path / "a.mp4")])
+    assert stop.called
+    assert set(SOUND) & set(server.downloaded) == set(SOUND * sound)
 
 
 ASKED = {
@@ -329,14 +395,15 @@ def test_a_wrong_argument_is_refused_before_weights_are_fetched(server, asked):
         asked = {"mesh": make_mesh(1, 3)}
     with pytest.raises(InputError, match="|".join([*asked, "tp=3"])):
         Cosmos3Pipeline.from_pretrained(REPO, progress=False, **asked)
-    assert set(server.downloaded) <= set(PLAIN)
+    assert set(server.downloaded) <= {*PLAIN, SOUND[0]}
 
 
-def test_a_dry_run_fetches_no_weights(server, capsys, monkeypatch):
+@pytest.mark.parametrize("sound", [False, True])
+def test_a_dry_run_fetches_no_weights(server, capsys, monkeypatch, sound):
     monkeypatch.setattr(generate, "dry_run", lambda *_: ("", {"bytes": 1}))  # it would compile for every mesh
-    assert main(["--checkpoint", REPO, "--dry-run", *IMAGE]) == 0
+    assert main(["--checkpoint", REPO, "--dry-run", *IMAGE, *["--sound"] * sound]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert sorted(server.downloaded) == PLAIN
+    assert sorted(server.downloaded) == sorted(PLAIN + SOUND[:1] * sound)
 
 
 def test_tensors_that_do_not_fit_are_told_of_the_snapshot(server, complete, tmp_path, capsys):

@@ -3,15 +3,23 @@
 import io
 import os
 import re
+import struct
+import subprocess
+import wave
 
 import cases
 import imageio.v3 as imageio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
 
-from cosmos3_jax import media
-from cosmos3_jax.config import InputError
+from cosmos3_jax import make_mesh, media
+from cosmos3_jax.checkpoint import BUILT_IN, load
+from cosmos3_jax.config import TINY, TINY_SOUND, TINY_VAE, InputError
+from cosmos3_jax.networks import abstract_networks
+from cosmos3_jax.pipeline import decode_sound
+from cosmos3_jax.published import PublishedWeights
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # imageio leaves its pipes to the collector
 LEVEL = 2 / 255  # one uint8 level in [-1, 1]
@@ -329,3 +337,257 @@ def test_a_file_is_replaced_and_open_to_others(tmp_path):
         assert os.umask(umask) == 0o027  # left as it was
     assert path.stat().st_mode & 0o777 == 0o640
     assert list(tmp_path.iterdir()) == [path]
+
+
+# Arrays to files: sound
+
+
+def white(seconds: float, sample_rate: int, channels: int = 2) -> media.Sound:
+    """White noise, which no encoder likes."""
+    samples = np.random.RandomState(1).standard_normal((channels, round(seconds * sample_rate)))
+    return media.Sound((0.2 * samples).astype(np.float32), sample_rate)
+
+
+def heard(path) -> np.ndarray:
+    """What a file's sound decodes to, [channels, samples]."""
+    channels = {"mono": 1, "stereo": 2}[re.search(r"Hz, (\w+)", streams(path)["Audio"])[1]]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", path, "-map", "0:a:0", "-f", "f32le", "-"]
+    decoded = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True).stdout
+    return np.frombuffer(decoded, "<f4").reshape(-1, channels).T
+
+
+def streams(path) -> dict[str, str]:
+    """What ffmpeg says of the streams of a file, by their kind, which must be one each."""
+    shown = subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path], stdin=subprocess.DEVNULL, capture_output=True, check=False
+    )
+    found = re.findall(r"Stream #\S+ (\w+): (.*)", shown.stderr.decode())
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def boxes(data: bytes, *path: str) -> list[bytes]:
+    """The contents of the boxes of an MP4 file at `path`; with "*" last, their names."""
+    found, start = [], 0
+    while start < len(data):
+        size, kind = struct.unpack(">I4s", data[start : start + 8])
+        assert size >= 8
+        if path[0] == "*":
+            found.append(kind)
+        elif kind == path[0].encode():
+            content = data[start + 8 : start + size]
+            found += boxes(content, *path[1:]) if path[1:] else [content]
+        start += size
+    return found
+
+
+def durations(path) -> list[float]:
+    """The seconds for which each track of a file is shown; that of AAC is cut to what was put in, with its priming."""
+    data = path.read_bytes()
+    (header,) = boxes(data, "moov", "mvhd")
+    assert header[0] == 0
+    (units,) = struct.unpack(">I", header[12:16])
+    tracks = [struct.unpack(">I", box[20:24])[0] / units for box in boxes(data, "moov", "trak", "tkhd")]
+    edits = [struct.unpack(">I", box[8:12])[0] / units for box in boxes(data, "moov", "trak", "edts", "elst")]
+    assert edits == tracks
+    return tracks
+
+
+def lag(x: np.ndarray, y: np.ndarray) -> int:
+    """By how many samples the first channel of `y` comes after that of `x`."""
+    n = min(x.shape[1], y.shape[1])
+    spectrum = np.conj(np.fft.rfft(x[0, :n], 2 * n)) * np.fft.rfft(y[0, :n], 2 * n)
+    return int((np.argmax(np.fft.irfft(spectrum)) + n) % (2 * n) - n)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("sample_rate", [8000, 44100, 48000])
+def test_a_video_has_one_picture_and_one_sound(tmp_path, sample_rate, channels):
+    path = tmp_path / "a.mp4"
+    media.write(path, smooth(13), 24, white(13 / 24, sample_rate, channels))
+    found = streams(path)
+    assert set(found) == {"Video", "Audio"}
+    assert re.match(r"h264 .*yuv420p", found["Video"])
+    assert re.match(rf"aac .*, {sample_rate} Hz, {['mono', 'stereo'][channels - 1]}", found["Audio"])
+    assert len(media.open_clip(path, 100)) == 13
+    kinds = boxes(path.read_bytes(), "*")
+    assert kinds.index(b"moov") < kinds.index(b"mdat")  # plays while it loads
+
+
+def test_a_video_without_sound_has_none(tmp_path):
+    media.write(tmp_path / "a.mp4", smooth(5), 24)
+    assert set(streams(tmp_path / "a.mp4")) == {"Video"}
+
+
+@pytest.mark.parametrize("sample_rate", [8000, 48000])
+@pytest.mark.parametrize("fps", [12.0, 24.0, 30.0, 23.976])
+def test_sound_is_as_long_as_the_video(tmp_path, fps, sample_rate):
+    for count in (1, 5, 9, 25, 49):
+        media.write(tmp_path / "a.mp4", smooth(1).repeat(count, axis=0), fps, white(count / fps, sample_rate))
+        shown, played = durations(tmp_path / "a.mp4")
+        assert abs(shown - count / fps) < 0.002  # in thousandths of a second
+        assert abs(played - shown) < 1 / fps
+        # all of it, and of the last AAC frame no more than a video frame's time
+        assert -1 <= heard(tmp_path / "a.mp4").shape[1] - count / fps * sample_rate < media.AAC_FRAME
+
+
+@pytest.mark.parametrize("count", [1, 5, 49])
+@pytest.mark.parametrize("sample_rate", [8000, 16000, 24000, 44100, 48000])
+def test_white_noise_that_is_heard_again(tmp_path, sample_rate, count):
+    noise = white(count / 24, sample_rate)
+    media.write(tmp_path / "a.mp4", smooth(1).repeat(count, axis=0), 24, noise)
+    same(heard(tmp_path / "a.mp4"), noise.wave_cn)
+
+
+def same(x: np.ndarray, wave_cn: np.ndarray) -> None:
+    n = wave_cn.shape[1]
+    assert len(x) == len(wave_cn)
+    assert lag(wave_cn, x) == 0
+    for channel, expected in zip(x, wave_cn, strict=True):
+        assert np.corrcoef(channel[:n], expected)[0, 1] > 0.99  # at six bits a sample
+        assert 0.9 < channel[:n].std() / expected.std() < 1.05  # what is above its highest frequency is lost
+
+
+def test_the_built_in_checkpoints_sound_is_heard_again(tmp_path):
+    decoder = load(
+        PublishedWeights(BUILT_IN, TINY), "sound", abstract_networks(TINY, TINY_VAE, make_mesh(), "float32", TINY_SOUND).sound
+    )
+    noise = media.Sound(np.asarray(decode_sound(decoder, cases.sound_latents(50))).T, TINY_SOUND.sampling_rate)  # two seconds
+    media.write(tmp_path / "a.mp4", smooth(1).repeat(48, axis=0), 24, noise)
+    same(heard(tmp_path / "a.mp4"), noise.wave_cn)
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.5, 2.0])
+def test_sound_of_another_length_is_cut_or_goes_on_in_silence(tmp_path, factor):
+    seconds, rate = 25 / 24, 48000
+    noise, long = white(factor * seconds, rate), round(seconds * rate)
+    media.write(tmp_path / "a.mp4", smooth(1).repeat(25, axis=0), 24, noise)
+    decoded, given = heard(tmp_path / "a.mp4"), min(long, noise.wave_cn.shape[1])
+    assert 0 <= decoded.shape[1] - long < media.AAC_FRAME
+    same(decoded[:, :given], noise.wave_cn[:, :given])
+    silence = decoded[:, given + media.AAC_FRAME : long]  # an AAC frame may carry an echo of what came before
+    assert np.abs(silence).max(initial=0) < 0.01
+
+
+def test_a_sample_rate_that_aac_lacks_is_raised(tmp_path):
+    noise = white(1, 10000)
+    media.write(tmp_path / "a.mp4", smooth(1).repeat(24, axis=0), 24, noise)
+    assert "11025 Hz" in streams(tmp_path / "a.mp4")["Audio"]
+    assert abs(heard(tmp_path / "a.mp4").shape[1] - 11025) < media.AAC_FRAME
+    media.write(tmp_path / "a.wav", smooth(1), 24, noise)
+    with wave.open(str(tmp_path / "a.wav")) as file:
+        assert file.getframerate() == 10000
+
+
+def pcm(path) -> tuple[np.ndarray, int]:
+    """The waveform of a .wav and its sample rate, as the standard library reads them."""
+    with wave.open(str(path)) as file:
+        assert (file.getsampwidth(), file.getcomptype()) == (2, "NONE")
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").reshape(-1, file.getnchannels())
+        return samples.T / 32767, file.getframerate()
+
+
+@pytest.mark.parametrize(("name", "sample_rate", "channels"), [("a.wav", 48000, 2), ("B.WAV", 8000, 1), ("a.wav", 16000, 3)])
+def test_a_wav_that_is_read_back(tmp_path, name, sample_rate, channels):
+    noise = white(0.7, sample_rate, channels)  # as long as it is, whatever the video
+    media.write(tmp_path / name, smooth(9), 24, noise)
+    found, rate = pcm(tmp_path / name)
+    assert rate == sample_rate
+    np.testing.assert_allclose(found, np.clip(noise.wave_cn, -1, 1), atol=0.5001 / 32767)
+
+
+def test_loud_sound_is_clipped(tmp_path):
+    """And does not go over from the highest value to the lowest."""
+    loud = media.Sound(5 * white(1, 48000).wave_cn, 48000)
+    clipped = np.clip(loud.wave_cn, -1, 1)
+    assert (np.abs(clipped) == 1).mean() > 0.2
+    media.write(tmp_path / "a.wav", smooth(1), 24, loud)
+    np.testing.assert_allclose(pcm(tmp_path / "a.wav")[0], clipped, atol=0.5001 / 32767)
+    media.write(tmp_path / "a.mp4", smooth(1).repeat(24, axis=0), 24, loud)
+    same(heard(tmp_path / "a.mp4"), clipped)
+
+
+def tone(hertz: float, loudness: float, channels: int = 2) -> media.Sound:
+    """A second of a sine."""
+    wave_n = loudness * np.sin(2 * np.pi * hertz * np.arange(48000) / 48000, dtype=np.float32)
+    return media.Sound(np.broadcast_to(wave_n, (channels, 48000)), 48000)
+
+
+@pytest.mark.parametrize("loudness", [0.01, 0.3, 0.9])
+@pytest.mark.parametrize("hertz", [110, 223, 1003])
+def test_a_tone_that_is_heard_again(tmp_path, hertz, loudness):
+    """All its strength is in one place of the spectrum, where an encoder may have no numbers for it."""
+    media.write(tmp_path / "a.mp4", smooth(1).repeat(24, axis=0), 24, tone(hertz, loudness))
+    found, expected = heard(tmp_path / "a.mp4")[:, :48000], tone(hertz, loudness).wave_cn
+    assert abs(found.std() / expected.std() - 1) < 0.05
+    assert np.corrcoef(found[0], expected[0])[0, 1] > 0.99
+
+
+def test_sound_is_not_taken_for_another_kind_of_file(tmp_path):
+    """Every 192 bytes the same: ffmpeg would rather believe in MPEG-TS, whose packets begin with 0x47, than in a .wav."""
+    period = np.zeros((2, 48), np.float32)
+    period[:, 0] = 0x0147 / 32767, 0x1000 / 32767
+    click = media.Sound(np.tile(period, 1000), 48000)
+    media.write(tmp_path / "a.mp4", smooth(1).repeat(24, axis=0), 24, click)
+    same(heard(tmp_path / "a.mp4"), click.wave_cn)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["a.mp4", "a.wav"])
+def test_sound_that_is_no_number_is_refused(tmp_path, name, value):
+    noise = white(5 / 24, 8000)
+    noise.wave_cn[1, 77] = value
+    with pytest.raises(InputError, match=f"{name}: the sound has values that are no numbers$"):
+        media.write(tmp_path / name, smooth(5), 24, noise)
+    assert list(tmp_path.iterdir()) == []
+
+
+def half_of_it(folder, sound, encode=media._encode_sound):
+    return encode(folder, media.Sound(sound.wave_cn[:, :25000], sound.sample_rate))
+
+
+@pytest.mark.parametrize("before", [None, b"a good one"], ids=["new", "existing"])
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("_pcm", lambda sound, pcm=media._pcm: pcm(sound)[:20_000]),
+        ("_pcm", lambda sound, pcm=media._pcm: 2 * pcm(sound)),
+        ("_encode_sound", half_of_it),
+    ],
+    ids=["too little encoded", "too much encoded", "half of it beside the video"],
+)
+def test_sound_that_fails_changes_nothing(tmp_path, monkeypatch, capfd, name, instead, before):
+    path = tmp_path / "a.mp4"
+    if before:
+        path.write_bytes(before)
+    monkeypatch.setattr(media, name, instead)
+    with pytest.raises(InputError, match=r"a.mp4: could not be written \(ffmpeg wrote \d+ of 50000 samples of sound"):
+        media.write(path, smooth(25), 24, white(25 / 24, 48000))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == ({"a.mp4": before} if before else {})
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("name", ["a.mp4", "A.WAV"])
+def test_where_sound_can_be_written(tmp_path, name, count):
+    media.check_writable(tmp_path / name, count, has_sound=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "has_sound", "reason"),
+    [
+        ("a.png", 1, True, "one frame with sound cannot be written as .png; use .mp4, .wav$"),
+        ("a.mp3", 5, True, "5 frames with sound cannot be written as .mp3; use .mp4, .wav$"),
+        ("a", 5, True, "5 frames with sound cannot be written as that; use .mp4, .wav$"),
+        ("a.wav", 5, False, "5 frames cannot be written as .wav; use .mp4$"),
+        ("a.wav", 1, False, "one frame cannot be written as .wav; use .mp4, .png, .jpg, .jpeg, .webp$"),
+        ("no/a.wav", 5, True, "the folder .*no does not exist; create it first"),
+    ],
+)
+def test_where_no_sound_can_be_written(tmp_path, name, count, has_sound, reason):
+    for attempt in (
+        lambda: media.check_writable(tmp_path / name, count, has_sound=has_sound),
+        lambda: media.write(tmp_path / name, smooth(count), 24, white(0.1, 8000) if has_sound else None),
+    ):
+        with pytest.raises(InputError, match=f"{name}: {reason}"):
+            attempt()
+    assert list(tmp_path.iterdir()) == []

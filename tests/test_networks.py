@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 
 from cosmos3_jax import Cosmos3Pipeline, InputError, make_mesh, networks
+from cosmos3_jax.config import TINY_SOUND
 from cosmos3_jax.networks import ROOM, Networks, Residence, abstract_networks
 from cosmos3_jax.weights import Network, by_path, nbytes
 
 MESHES = [(1, 1), (2, 4)]
 BASE = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2, "seed": 3, "progress": False}
 MODES = {"text_to_video": {}, "image_to_video": {"image": cases.IMAGE}}
+SOUND = {"enable_sound": True}
 
 
 def abstract(cfg: int = 1, tp: int = 1) -> Networks:
-    return abstract_networks(cases.FAMILIES["small"], cases.VAE, make_mesh(cfg, tp), "float32")
+    return abstract_networks(cases.FAMILIES["small"], cases.VAE, make_mesh(cfg, tp), "float32", TINY_SOUND)
 
 
 def residence(text_tower: str = "auto", cfg: int = 1, tp: int = 1) -> Residence:
@@ -60,13 +62,19 @@ def video(pipe: Cosmos3Pipeline, mode: str = "text_to_video", on_step=lambda ste
     return pipe(cases.PROMPT, **BASE, **MODES[mode], callback_on_step_end=on_step).video
 
 
+def both(pipe: Cosmos3Pipeline) -> list[np.ndarray]:
+    """A video and its sound."""
+    result = pipe(cases.PROMPT, **BASE, **SOUND)
+    return [result.video, result.sound]
+
+
 class Devices:
     """What came to the devices since this was made."""
 
     def __init__(self, cfg: int, tp: int):
         gc.collect()
         self.before = jax.live_arrays()  # held, so that no other array takes the place of one of them
-        self.parts = abstract(cfg, tp)._asdict()
+        self.parts = abstract(cfg, tp).by_name()
 
     def arrays(self) -> list[jax.Array]:
         old = set(map(id, self.before))
@@ -90,7 +98,8 @@ def kinds(network: Network) -> set[tuple]:
 
 def test_every_network_is_known_by_its_weights():
     """Else the tests below would see nothing: most weights of a network are of a shape that the others have not."""
-    parts = abstract()._asdict()
+    parts = abstract().by_name()
+    assert list(parts) == ["und", "gen", "vae", "sound"]
     for part, network in parts.items():
         others = set().union(*(kinds(other) for name, other in parts.items() if name != part))
         own = [w for w in by_path(network.weights).values() if (w.shape, w.dtype) not in others]
@@ -167,20 +176,25 @@ def test_an_interrupted_run_leaves_a_pipeline_that_works(opened, kept):
 # What the devices have, as a function of the networks' sizes; and what is then read for a prompt with an image, for one
 # without, and for one with an image again.
 LIMITS = {
-    "all but the text tower": (lambda und, gen, vae: 1.5 * (gen + vae), ["vae", "und", "gen"], ["und"], ["und"]),
+    "all but the text tower": (lambda und, gen, vae, sound: 1.5 * (gen + vae), ["vae", "und", "gen"], ["und"], ["und"]),
     "one beside the text tower": (
-        lambda und, gen, vae: 1.5 * vae,
+        lambda und, gen, vae, sound: 1.5 * vae,
         ["vae", "und", "gen", "vae"],
         ["und", "gen", "vae"],
         ["und", "gen", "vae"],
     ),
     "one at a time": (
-        lambda und, gen, vae: (und + vae) / 0.9 - 1,
+        lambda und, gen, vae, sound: (und + vae) / 0.9 - 1,
         ["vae", "und", "gen", "vae"],
         ["und", "gen", "vae"],
         ["und", "gen", "vae"],
     ),
-    "not even one": (lambda und, gen, vae: 1, ["vae", "und", "gen", "vae"], ["und", "gen", "vae"], ["und", "gen", "vae"]),
+    "not even one": (
+        lambda und, gen, vae, sound: 1,
+        ["vae", "und", "gen", "vae"],
+        ["und", "gen", "vae"],
+        ["und", "gen", "vae"],
+    ),
 }
 
 
@@ -231,6 +245,98 @@ def test_what_is_kept_stays_however_short_memory_is(opened, kept, monkeypatch):
     assert loads == ["und", "gen", "vae"]
 
 
+# The sound decoder
+
+
+@pytest.mark.parametrize(("cfg", "tp"), MESHES)
+@pytest.mark.parametrize(
+    ("text_tower", "at_once", "silent", "first", "second"),
+    [
+        ("keep", ["und", "gen", "vae"], [], ["sound"], []),
+        ("drop", [], ["und", "gen", "vae"], ["und", "sound"], ["und"]),
+        ("host", [], ["und", "gen", "vae"], ["sound"], []),
+    ],
+)
+def test_the_sound_decoder_comes_at_the_first_sound_and_stays(
+    cfg, tp, text_tower, at_once, silent, first, second, opened, pipes
+):
+    expected = both(pipes("small", cfg=cfg, tp=tp))
+    devices, (pipe, loads) = Devices(cfg, tp), opened(text_tower, cfg, tp)
+    assert loads == at_once
+    loads.clear()
+    video(pipe)
+    assert loads == silent
+    assert "sound" not in devices.networks()
+    for again in (first, second):
+        loads.clear()
+        found = both(pipe)
+        assert loads == again
+        assert devices.networks() == {"gen", "vae", "sound"} | ({"und"} if text_tower == "keep" else set())
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("text_tower", ["auto", "drop", "host"])
+@pytest.mark.parametrize(("cfg", "tp"), MESHES)
+def test_the_sound_decoder_takes_its_turn_where_memory_is_short(cfg, tp, text_tower, opened, pipes, monkeypatch):
+    expected = both(pipes("small", cfg=cfg, tp=tp))
+    short_of(monkeypatch, 1)
+    devices, (pipe, loads), seen = Devices(cfg, tp), opened(text_tower, cfg, tp), []
+    bring = pipe.residence.bring
+
+    def spy(part: str, **how) -> Network:
+        network = bring(part, **how)
+        seen.append((part, devices.networks()))
+        return network
+
+    monkeypatch.setattr(pipe.residence, "bring", spy)
+    for _ in range(2):
+        for x, y in zip(both(pipe), expected, strict=True):
+            np.testing.assert_array_equal(x, y)
+    order = ["und", "gen", "vae", "sound"] * 2
+    assert seen == [(part, {part}) for part in order]
+    assert loads == (order[:4] if text_tower == "host" else order)
+    if text_tower == "host":
+        assert pipe.residence.on_host.keys() == {"und", "gen", "vae", "sound"}
+
+
+def test_the_sound_decoder_makes_room_and_leaves_for_others(opened, monkeypatch):
+    """Two thirds of the memory hold the decoders of the video and of the sound, but no tower beside them."""
+    sizes = residence("keep").sizes
+    assert sizes["sound"] < min(sizes["und"], sizes["gen"])
+    short_of(monkeypatch, 1.5 * (sizes["vae"] + sizes["sound"]) + 2)
+    pipe, loads = opened("drop")
+    both(pipe)
+    assert pipe.residence.on_devices.keys() == {"vae", "sound"}
+    loads.clear()
+    video(pipe)
+    assert loads == ["und", "gen", "vae"]
+    assert "sound" not in pipe.residence.on_devices
+
+
+def test_the_sound_decoder_is_counted(monkeypatch):
+    without = abstract()._replace(sound=None)
+    assert list(without.by_name()) == ["und", "gen", "vae"]
+    total = sum(nbytes(network) for network in without.by_name().values())
+    short_of(monkeypatch, 1.5 * total + 2)
+    assert Residence(None, without, make_mesh()).text_tower == "keep"
+    assert residence().text_tower == "drop"
+
+
+def test_the_sound_decoder_is_float32_whatever_the_dtype():
+    parts = abstract_networks(cases.FAMILIES["small"], cases.VAE, make_mesh(), "bfloat16", TINY_SOUND).by_name()
+    assert {w.dtype.name for w in by_path(parts["sound"].weights).values()} == {"float32"}
+
+
+def test_a_pipeline_without_sound_has_no_sound_decoder(folders, monkeypatch):
+    pipe = Cosmos3Pipeline.from_pretrained(folders("small"), mesh=make_mesh(), sound=False, progress=False)
+    assert pipe.residence.sizes.keys() == {"und", "gen", "vae"}
+    with pytest.raises(
+        InputError, match="no sound tokenizer, or was loaded with sound=False"
+    ):
+        both(pipe)
+
+
 # What is chosen, and said
 
 
@@ -252,8 +358,8 @@ def test_auto_keeps_what_fits_into_two_thirds(cfg, tp, monkeypatch):
 
 def test_sizes_are_those_of_one_device():
     whole, part = residence(), residence(cfg=2, tp=4)
-    assert whole.sizes == {name: nbytes(network) for name, network in abstract()._asdict().items()}
-    assert part.sizes["vae"] == whole.sizes["vae"]
+    assert whole.sizes == {name: nbytes(network) for name, network in abstract().by_name().items()}
+    assert (part.sizes["vae"], part.sizes["sound"]) == (whole.sizes["vae"], whole.sizes["sound"])
     assert all(whole.sizes[tower] / 4 < part.sizes[tower] < whole.sizes[tower] for tower in ("und", "gen"))
 
 
@@ -275,9 +381,9 @@ def test_host_needs_memory_that_the_devices_reach(opened, monkeypatch):
 @pytest.mark.parametrize(
     ("text_tower", "memory", "words"),
     [
-        ("auto", None, "keep (all weights take 0.00817 GB of each device)"),
-        ("drop", None, "drop (all weights take 0.00817 GB of each device)"),
-        ("auto", 80e9, "keep (all weights take 0.00817 of 80 GB of each device)"),
+        ("auto", None, "keep (all weights take 0.00849 GB of each device)"),
+        ("drop", None, "drop (all weights take 0.00849 GB of each device)"),
+        ("auto", 80e9, "keep (all weights take 0.00849 of 80 GB of each device)"),
     ],
 )
 def test_the_reason_in_words(text_tower, memory, words, monkeypatch):

@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cosmos3_jax.config import EDGE, NANO, TINY, WAN_VAE
+from cosmos3_jax.config import EDGE, NANO, TINY, WAN_VAE, TransformerConfig
 from cosmos3_jax.positions import cos_sin, layout, text_ids, vision_ids
 
+SOUND_LATENTS = 197  # 7.875 s
 SHAPE_720P = WAN_VAE.latent_shape(189, 720, 1280)
 START = 70 + 15000  # of the generated tokens, for a prompt of 70 tokens
 
@@ -105,3 +106,95 @@ def test_padding_of_the_text_does_not_matter():
     (text_128, vision_128), (text_256, vision_256) = (layout(NANO, np.array([70, 64]), n, (2, 4, 4), 24.0) for n in (128, 256))
     same(vision_128, vision_256)
     same(text_128, [part[:, :128] for part in text_256])
+
+
+# Sound
+
+
+def by_formula(config: TransformerConfig, frames: int, start: int) -> np.ndarray:
+    """[3, frames]: float32, each operation rounded, in the order of the reference."""
+    time = np.arange(frames, dtype=np.float32)
+    if config.enable_fps_modulation:
+        time = time / np.float32(config.sound_latent_fps) * np.float32(config.base_fps)
+    corner = np.full(frames, 0 if config.unified_3d_mrope_reset_spatial_ids else start, np.float32)
+    return np.stack([time + np.float32(start), corner, corner])
+
+
+def by_reference(config: TransformerConfig, frames: int, start: int) -> np.ndarray:
+    pytest.importorskip("diffusers")
+    import reference
+
+    ids, _ = reference.omni.get_3d_mrope_ids_vae_tokens(
+        frames,
+        1,
+        1,
+        start,
+        config.unified_3d_mrope_reset_spatial_ids,
+        fps=config.sound_latent_fps if config.enable_fps_modulation else None,
+        base_fps=config.base_fps,
+        temporal_compression_factor=1,
+    )
+    return ids.numpy().astype(np.float32)
+
+
+def sound_part(config: TransformerConfig, frames: int, *, fps: float = 24.0, lengths: tuple[int, ...] = (70,)):
+    """cos and sin of the sound's tokens, beside a video of two latent frames of one patch each."""
+    _, generated = layout(config, np.array(lengths), 128, (2, 2, 2), fps, frames)
+    assert all(part.shape[1] == 2 + frames for part in generated)
+    return [part[:, 2:] for part in generated]
+
+
+@pytest.mark.parametrize("expected", [by_formula, pytest.param(by_reference, marks=pytest.mark.live)])
+@pytest.mark.parametrize("frames", [1, 2, SOUND_LATENTS])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"base_fps": 16.0},
+        {"sound_latent_fps": 21.5},
+        {"enable_fps_modulation": False},
+        {"unified_3d_mrope_reset_spatial_ids": False},
+        {"unified_3d_mrope_temporal_modality_margin": 0},
+    ],
+    ids=str,
+)
+def test_sound_stands_where_the_reference_puts_it(changes, frames, expected):
+    config = dataclasses.replace(NANO, **changes)
+    start = 70 + config.unified_3d_mrope_temporal_modality_margin
+    ids_3s = expected(config, frames, start)
+    np.testing.assert_array_equal(vision_ids(config, (frames, 1, 1), start, config.sound_latent_fps), ids_3s)
+    same(sound_part(config, frames), cos_sin(config, ids_3s[None]))
+
+
+def test_25_sound_latents_take_as_long_as_24_positions():
+    time_s, *corner = by_formula(NANO, SOUND_LATENTS, START)
+    np.testing.assert_allclose(time_s, START + 0.96 * np.arange(SOUND_LATENTS), atol=2**-10)  # float32 above 8192
+    assert not np.any(corner)
+    same(sound_part(NANO, SOUND_LATENTS), cos_sin(NANO, np.stack([time_s, *corner])[None]))
+
+
+@pytest.mark.parametrize("fps", [7.0, 16.0, 30.0, 120.0])
+def test_sound_does_not_depend_on_the_videos_fps(fps):
+    same(sound_part(NANO, SOUND_LATENTS, fps=fps), sound_part(NANO, SOUND_LATENTS))
+
+
+def test_a_second_of_sound_is_base_fps_positions():
+    # A position is a frame at base_fps, whatever the latents' own rate; those of the video count four frames each.
+    for rate in (10, 25, 50):
+        config = dataclasses.replace(NANO, sound_latent_fps=float(rate))
+        time_s = vision_ids(config, (2 * rate, 1, 1), START, config.sound_latent_fps)[0]
+        np.testing.assert_allclose(time_s[[0, rate]], [START, START + 24], atol=2**-10)  # float32 above 8192
+
+
+def test_sound_of_each_branch_starts_after_its_own_text():
+    both = sound_part(NANO, 5, lengths=(70, 64))
+    for row, length in enumerate((70, 64)):
+        same([part[row : row + 1] for part in both], sound_part(NANO, 5, lengths=(length,)))
+    assert np.abs(both[1][0] - both[1][1]).max() > 0.1
+
+
+def test_without_sound_there_is_none():
+    silent, sounding = (layout(NANO, np.array([70, 64]), 128, (3, 4, 6), 24.0, frames) for frames in (0, 9))
+    same(silent[1], layout(NANO, np.array([70, 64]), 128, (3, 4, 6), 24.0)[1])
+    same(silent[0], sounding[0])
+    same(silent[1], [part[:, :-9] for part in sounding[1]])

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import wave
 from pathlib import Path
 
 import jax
@@ -24,7 +25,7 @@ from cosmos3_jax import Cosmos3Pipeline, InputError, make_mesh, processes
 from cosmos3_jax.checkpoint import BUILT_IN
 
 CLI = ["-m", "cosmos3_jax.generate", "--prompt", "a red ball", "--height", "64", "--width", "96"]
-VIDEO = [*CLI, "--num-frames", "5", "--steps", "3"]
+VIDEO = [*CLI, "--num-frames", "5", "--steps", "3", "--sound"]
 PICTURE = [*CLI, "--num-frames", "1", "--steps", "3"]
 # Half the time, as most of a run is compilation; and as many threads for four devices as for eight: sums follow their number.
 QUICK = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "NPROC": "8"}
@@ -268,9 +269,9 @@ def one_without_the_image(start, image, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def video(start, image, tmp_path_factory, one_without_the_image):
-    """A video of two processes, from an image. Meanwhile passes the half minute until a silent one is missed, above."""
+    """A video with sound of two processes, from an image. Meanwhile passes the half minute until a silent one is missed."""
     folder = tmp_path_factory.mktemp("video")
-    own = ["--out", folder / "first.mp4"], ["--out", folder / "second.mp4"]
+    own = [["--out", folder / f"{name}.mp4", "--save-sound", folder / f"{name}.wav"] for name in ("first", "second")]
     both = together(start, [*VIDEO, "--image", image, "--cfg", 2, "--tp", 4], own=own)
     end_well(both)
     return folder / "first.mp4", both
@@ -278,7 +279,7 @@ def video(start, image, tmp_path_factory, one_without_the_image):
 
 def test_the_first_process_writes_for_both(video):
     path, _ = video
-    assert [file.name for file in path.parent.iterdir()] == ["first.mp4"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["first.mp4", "first.wav"]
 
 
 def test_the_first_process_speaks_for_both(video):
@@ -292,13 +293,14 @@ def test_the_first_process_speaks_for_both(video):
     assert re.fullmatch(r"process 1 of 2: waiting for the others at .*\n", second.err)
 
 
-def test_one_process_with_all_devices_writes_the_same_file(video, start, image, tmp_path):
+def test_one_process_with_all_devices_writes_the_same_files(video, start, image, tmp_path):
     # Through gloo too: within a plain process XLA adds four partial products in another order.
     path, _ = video
-    flags = ["--image", image, "--cfg", 2, "--tp", 4, "--out", tmp_path / "a.mp4"]
+    flags = ["--image", image, "--cfg", 2, "--tp", 4, "--out", tmp_path / "a.mp4", "--save-sound", tmp_path / "a.wav"]
     (alone,) = together(start, [*VIDEO, *flags], own=[()], devices=8)
     end_well([alone])
-    assert (tmp_path / "a.mp4").read_bytes() == path.read_bytes()
+    for suffix in (".mp4", ".wav"):
+        assert (tmp_path / "a").with_suffix(suffix).read_bytes() == path.with_suffix(suffix).read_bytes()
 
 
 def test_under_slurm_no_flags_are_needed(start, tmp_path):
@@ -311,7 +313,7 @@ def test_under_slurm_no_flags_are_needed(start, tmp_path):
     assert (tmp_path / "slurm" / "a.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
 
 
-ASKED = {"prompt": "a red ball", "num_frames": 1, "height": 64, "width": 96, "num_inference_steps": 3}
+ASKED = {"prompt": "a red ball", "num_frames": 1, "height": 64, "width": 96, "num_inference_steps": 3, "enable_sound": True}
 PROGRAM = f"""
 import sys
 import jax, numpy
@@ -320,19 +322,22 @@ from cosmos3_jax import Cosmos3Pipeline, make_mesh, processes
 processes.join()
 result = Cosmos3Pipeline.from_pretrained({str(BUILT_IN)!r}, mesh=make_mesh(cfg=2, tp=4))(**{ASKED!r})
 path = sys.argv[1] + "/" + str(jax.process_index())
-result.save(path + ".png")
-numpy.save(path, result.video)
+result.save(path + ".wav")
+numpy.savez(path, video=result.video, sound=result.sound)
 """
 
 
 def test_from_python_under_open_mpi_each_process_has_the_result(start, tmp_path):
     end_well(launched(start, ["-c", PROGRAM, tmp_path], "Open MPI", devices=4))
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["0.npy", "0.png", "1.npy"]
-    first, second = np.load(tmp_path / "0.npy"), np.load(tmp_path / "1.npy")
-    np.testing.assert_array_equal(first, second)
-    plain = Cosmos3Pipeline.from_pretrained(BUILT_IN, mesh=make_mesh(cfg=2, tp=4))(**ASKED, progress=False).video
-    assert errors(first, plain)[0] < 1e-5  # partial products are added in another order
-    assert np.abs(np.asarray(Image.open(tmp_path / "0.png"), int) - np.round(255 * plain[0])).max() <= 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["0.npz", "0.wav", "1.npz"]
+    first, second = np.load(tmp_path / "0.npz"), np.load(tmp_path / "1.npz")
+    plain = Cosmos3Pipeline.from_pretrained(BUILT_IN, mesh=make_mesh(cfg=2, tp=4))(**ASKED, progress=False)
+    for name in ("video", "sound"):
+        np.testing.assert_array_equal(first[name], second[name])
+        assert errors(first[name], getattr(plain, name))[0] < 1e-5  # partial products are added in another order
+    with wave.open(str(tmp_path / "0.wav")) as file:
+        samples = np.frombuffer(file.readframes(1 << 20), "<i2").reshape(-1, 2).T
+    assert np.abs(samples - np.round(32767 * plain.sound)).max() <= 1
 
 
 # How they end

@@ -7,24 +7,25 @@ from pathlib import Path
 import pytest
 
 from cosmos3_jax.axes import make_mesh
-from cosmos3_jax.config import NANO, PRESETS, TINY_VAE, WAN_VAE
+from cosmos3_jax.config import NANO, PRESETS, TINY_VAE, WAN_VAE, SoundConfig
 from cosmos3_jax.networks import abstract_networks
-from cosmos3_jax.published import file_shapes, names_of, unused_tensors
+from cosmos3_jax.published import file_shapes, names_of, sound_encoder, unused_tensors
 from cosmos3_jax.weights import audit, by_path
 
-FOLDER = Path(__file__).parent / "data" / "tensors"
+DATA = Path(__file__).parent / "data"
+SOUND_TOKENIZERS = ("sound_tokenizer_full", "sound_tokenizer_decoder_only")
 
 
 def published(name: str) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(shape) for name, (shape, _) in json.loads((FOLDER / f"{name}.json").read_text()).items()}
+    return {name: tuple(shape) for name, (shape, _) in json.loads((DATA / "tensors" / f"{name}.json").read_text()).items()}
 
 
 @pytest.fixture(scope="module", params=["nano", "super", "edge"])
 def model(request):
     """(config, published shapes, [(network, the names of its weights in the file) of each tower])."""
     config = PRESETS[request.param]
-    und, gen, _ = abstract_networks(config, TINY_VAE, make_mesh(), "bfloat16")
-    towers = [(network, names_of(part, network, config)) for part, network in (("und", und), ("gen", gen))]
+    parts = abstract_networks(config, TINY_VAE, make_mesh(), "bfloat16").by_name()
+    towers = [(parts[part], names_of(part, parts[part], config)) for part in ("und", "gen")]
     return config, published(f"transformer_{request.param}"), towers
 
 
@@ -33,6 +34,14 @@ def vae():
     """(network, the names of its weights in the file)."""
     network = abstract_networks(NANO, WAN_VAE, make_mesh(), "bfloat16").vae
     return network, names_of("vae", network, NANO)
+
+
+@pytest.fixture(scope="module")
+def sound():
+    """(network of the published config, the names of its weights in the file)."""
+    config = SoundConfig.from_json(json.loads((DATA / "configs" / "nano_sound_tokenizer_config.json").read_text()))
+    network = abstract_networks(NANO, TINY_VAE, make_mesh(), "bfloat16", config).by_name()["sound"]
+    return network, names_of("sound", network, NANO)
 
 
 def test_every_tensor_of_the_transformer_is_read_or_has_a_reason(model):
@@ -48,16 +57,54 @@ def test_every_tensor_of_the_vae_is_read(vae):
     assert audit(file_shapes(*vae), published("vae"), unused=()) == []
 
 
-def test_no_tensor_is_read_twice(model, vae):
-    for towers in (model[2], [vae]):
+@pytest.mark.parametrize("name", SOUND_TOKENIZERS)
+def test_every_tensor_of_the_sound_tokenizer_is_read_or_is_the_encoders(name, sound):
+    found, expected = published(name), file_shapes(*sound)
+    unused = sound_encoder(found)
+    assert audit(expected, found, unused) == []
+    assert expected.keys() | set(unused) == found.keys()
+    assert not expected.keys() & set(unused)
+    assert bool(unused) == (name == "sound_tokenizer_full")
+
+
+@pytest.mark.parametrize("name", SOUND_TOKENIZERS)
+def test_a_tensor_that_the_sound_decoder_lacks_is_told(name, sound):
+    found, expected = published(name), file_shapes(*sound)
+    for tensor, shape in expected.items():
+        assert audit(expected, {k: v for k, v in found.items() if k != tensor}, sound_encoder(found)) == [
+            f"missing: {tensor} {list(shape)}"
+        ]
+        longer = (shape[0] + 1, *shape[1:])
+        assert audit(expected, found | {tensor: longer}, sound_encoder(found)) == [
+            f"misshapen: {tensor} is {list(longer)}, expected {list(shape)}"
+        ]
+    stray = found | {"decoder.block.5.snake1.alpha": (1, 320, 1)}
+    assert audit(expected, stray, sound_encoder(stray)) == ["unexpected: decoder.block.5.snake1.alpha [1, 320, 1]"]
+
+
+def test_every_convolution_of_the_sound_decoder_has_a_direction_and_a_length(sound):
+    network, names = sound
+    for path, w in by_path(network.weights).items():
+        norms = [name.rsplit("_", 1)[-1] for name in names[path]]
+        assert norms == ["v", "g"] if len(w.file_shape) == 3 and w.file_shape[0] > 1 else len(norms) == 1
+    magnitudes = {name: shape for name, shape in file_shapes(*sound).items() if name.endswith("_g")}
+    assert magnitudes == {
+        name: shape for name, shape in published("sound_tokenizer_decoder_only").items() if name in magnitudes
+    }
+    assert len(magnitudes) == 2 + 5 * 7  # first and last; of each block its upsampling and two of each residual unit
+
+
+def test_no_tensor_is_read_twice(model, vae, sound):
+    for towers in (model[2], [vae], [sound]):
         names = [name for _, table in towers for names in table.values() for name in names]
         assert len(names) == len(set(names))
 
 
-def test_a_weight_holds_as_many_numbers_as_its_tensors(model, vae):
-    for network, names in [*model[2], vae]:
+def test_a_weight_holds_as_many_numbers_as_its_tensors(model, vae, sound):
+    for network, names in [*model[2], vae, sound]:
         for path, w in by_path(network.weights).items():
-            assert math.prod(w.shape) == len(names[path]) * math.prod(w.file_shape), path
+            tensors = [name for name in names[path] if not name.endswith("_g")]  # the others are multiplied with these
+            assert math.prod(w.shape) == len(tensors) * math.prod(w.file_shape), path
 
 
 def test_layers_are_in_the_order_of_the_file(model):

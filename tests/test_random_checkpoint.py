@@ -1,5 +1,6 @@
 """The script that writes checkpoints: the published layout, and the built-in checkpoint to the bit."""
 
+import dataclasses
 import json
 
 import ml_dtypes
@@ -8,11 +9,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from convert import random_checkpoint
-from cosmos3_jax.checkpoint import BUILT_IN
-from cosmos3_jax.config import PRESETS, TINY, WAN_VAE
+from cosmos3_jax.checkpoint import BUILT_IN, Checkpoint
+from cosmos3_jax.config import PRESETS, SOUND_TOKENIZER, TINY, TINY_SOUND, WAN_VAE
 from cosmos3_jax.prompt import load_tokenizer
 
 FILE = "diffusion_pytorch_model.safetensors"
+PARTS = "transformer", "vae", "sound_tokenizer"
 
 
 def published(data, name: str) -> dict[str, tuple[int, ...]]:
@@ -29,12 +31,28 @@ def test_shapes_of_the_vae_are_the_published_ones(data):
     assert random_checkpoint.vae_shapes(WAN_VAE) == published(data, "vae")
 
 
+def test_shapes_of_the_sound_tokenizer_are_the_published_ones(data):
+    decoder = published(data, "sound_tokenizer_decoder_only")
+    full = published(data, "sound_tokenizer_full")
+    assert random_checkpoint.sound_shapes(SOUND_TOKENIZER) == decoder
+    assert decoder == {name: shape for name, shape in full.items() if not name.startswith("encoder.")}
+
+
+@pytest.mark.parametrize("sound_gen", [True, False])
+def test_a_sound_tokenizer_for_a_transformer_with_sound_heads(tmp_path, sound_gen):
+    config = TINY if sound_gen else dataclasses.replace(TINY, sound_gen=False, sound_dim=None)
+    checkpoint = Checkpoint.open(random_checkpoint.write_checkpoint(tmp_path, config), sound=True)
+    assert checkpoint.sound == (TINY_SOUND if sound_gen else None)
+    assert (tmp_path / "sound_tokenizer").exists() == sound_gen
+    assert ("sound_tokenizer" in json.loads((tmp_path / "model_index.json").read_text())) == sound_gen
+
+
 def test_the_built_in_checkpoint_is_what_the_script_writes(tmp_path):
     random_checkpoint.write_checkpoint(tmp_path, dtype=ml_dtypes.bfloat16)
     assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*")} == {
         path.relative_to(BUILT_IN) for path in BUILT_IN.rglob("*")
     }
-    for part in ("transformer", "vae"):
+    for part in PARTS:
         ours, built_in = (load_file(folder / part / FILE) for folder in (tmp_path, BUILT_IN))
         assert ours.keys() == built_in.keys()
         for name, tensor in ours.items():
@@ -43,9 +61,9 @@ def test_the_built_in_checkpoint_is_what_the_script_writes(tmp_path):
 
 def test_every_weight_matters():
     # Norms are not 1, biases not 0, nothing is constant.
-    for part in ("transformer", "vae"):
+    for part in PARTS:
         for name, tensor in load_file(BUILT_IN / part / FILE).items():
-            assert np.float32(tensor).std() > 0.01, name
+            assert np.float32(tensor).std() > 0.01 * np.abs(np.float32(tensor)).max(), name
 
 
 def test_a_new_tokenizer_fits_the_vocabulary(tmp_path):

@@ -8,12 +8,22 @@ import re
 import numpy as np
 import pytest
 
-from cosmos3_jax.config import EDGE, NANO, WAN_VAE, InputError, SchedulerConfig
+from cosmos3_jax.config import (
+    EDGE,
+    NANO,
+    SOUND_TOKENIZER,
+    UNIPC,
+    WAN_VAE,
+    InputError,
+    SchedulerConfig,
+    SoundConfig,
+    TransformerConfig,
+)
 from cosmos3_jax.request import Request, ResolvedRequest, resolve
 
 
-def ask(transformer=NANO, **settings) -> ResolvedRequest:
-    return resolve(Request(**{"prompt": "a ball"} | settings), transformer, WAN_VAE)
+def ask(transformer: TransformerConfig = NANO, sound: SoundConfig | None = SOUND_TOKENIZER, **settings) -> ResolvedRequest:
+    return resolve(Request(**{"prompt": "a ball"} | settings), transformer, WAN_VAE, UNIPC, sound)
 
 
 @pytest.mark.parametrize(("num_frames", "steps", "guidance", "shift"), [(189, 35, 6, 10), (5, 35, 6, 10), (1, 50, 4, 3)])
@@ -42,12 +52,14 @@ GIVEN = {
     "prompt_style": "diffusers",
     "output_type": "latent",
     "steps_per_call": 3,
+    "enable_sound": True,
 }
 
 
 @pytest.mark.parametrize("num_frames", [1, 5])
 def test_what_was_asked_for_is_kept(num_frames):
     given = GIVEN | {"num_frames": num_frames, "latents": np.zeros((1, 48, 1 + num_frames // 4, 2, 3))}
+    given["sound_latents"] = np.zeros((64, 1 if num_frames == 1 else 5))  # 25 a second, at 30 frames a second
     request = ask(**given)
     assert {name: getattr(request, name) for name in given} == given
 
@@ -122,9 +134,6 @@ REFUSED = [
     ({"image": "a.png", "num_frames": 1}, "image with num_frames=1 leaves nothing to generate; ask for 5 frames or more"),
     ({"video": "a.mp4", "num_frames": 1}, "video with num_frames=1 leaves nothing to generate; ask for 5 frames or more"),
     (CLIP | {"condition_frame_indexes_vision": (0, 3)}, "[0, 3]: 9 frames have the latent frames 0 to 2"),
-    ({"enable_sound": True}, "enable_sound: this version makes no sound yet; leave it out"),
-    ({"sound_latents": np.zeros((64, 5))}, "enable_sound: this version makes no sound yet; leave it out"),
-    ({"enable_sound": True, "transformer": EDGE}, "enable_sound: this checkpoint has no sound heads; leave it out"),
     ({"num_frames": 5, "latents": np.zeros((48, 2, 45, 80))}, "shape [48, 2, 45, 80] should be [1, 48, 2, 45, 80]"),
     ({"num_frames": 5, "latents": np.zeros((1, 48, 5, 45, 80))}, "[1, 48, 5, 45, 80] should be [1, 48, 2, 45, 80]"),
     ({"latents": "noise"}, "latents: an array of finite real numbers is expected"),
@@ -137,6 +146,100 @@ REFUSED = [
 def test_refused(settings, sentence):
     with pytest.raises(InputError, match=f"{re.escape(sentence)}$"):
         ask(**settings)
+
+
+# Sound
+
+SOUND = {"enable_sound": True}
+TOO_SHORT = {"num_frames": 1, "fps": 1000, "sound": SoundConfig(sampling_rate=999)}
+NO_SOUND = [
+    (SOUND | {"transformer": EDGE}, "this checkpoint has no sound heads (sound_gen=false); leave it out, or take Cosmos3-Nano"),
+    (SOUND | {"sound": None}, "this checkpoint has no sound tokenizer, or was loaded with sound=False; leave it out"),
+    (SOUND | TOO_SHORT, "num_frames=1 at fps=1000 are too short for any sound"),
+]
+
+
+@pytest.mark.parametrize(("settings", "reason"), NO_SOUND, ids=["no heads", "no tokenizer", "too short"])
+@pytest.mark.parametrize("latents", [None, np.zeros((64, 197))], ids=["noise", "latents"])
+def test_sound_that_cannot_be_made(settings, reason, latents):
+    with pytest.raises(InputError, match=f"^enable_sound: {re.escape(reason)}"):
+        ask(**settings, sound_latents=latents)
+
+
+@pytest.mark.parametrize("settings", [settings for settings, _ in NO_SOUND], ids=["no heads", "no tokenizer", "too short"])
+def test_who_asks_for_no_sound_is_not_told_of_it(settings):
+    request = ask(**settings | {"enable_sound": False})
+    assert request.sound_frames(settings.get("sound", SOUND_TOKENIZER)) == 0
+
+
+@pytest.mark.parametrize("value", [None, 0, 1, "yes", "", [True], np.array([True, False])], ids=repr)
+def test_sound_is_asked_for_by_true_or_false(value):
+    with pytest.raises(InputError, match=f"^{re.escape(f'enable_sound={value!r}: True or False is expected')}$"):
+        ask(enable_sound=value)
+
+
+@pytest.mark.parametrize("value", [True, np.True_], ids=repr)
+def test_numpys_true_is_true(value):
+    assert ask(enable_sound=value).sound_frames(SOUND_TOKENIZER) == 197
+
+
+@pytest.mark.parametrize("settings", [{}, {"transformer": EDGE}, {"sound": None}], ids=["nano", "edge", "no tokenizer"])
+def test_sound_latents_alone_are_refused(settings):
+    with pytest.raises(InputError, match=r"^sound_latents without enable_sound: ask for sound, or leave them out$"):
+        ask(**settings, sound_latents=np.zeros((64, 197)))
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        (np.zeros((64, 196)), "shape [64, 196] should be [64, 197]"),
+        (np.zeros((197, 64)), "shape [197, 64] should be [64, 197]"),
+        (np.zeros((1, 64, 197)), "shape [1, 64, 197] should be [64, 197]"),
+        (0.5, "shape [] should be [64, 197]"),
+        (np.full((64, 197), np.nan), "an array of finite real numbers is expected"),
+        (np.full((64, 197), np.inf), "an array of finite real numbers is expected"),
+        (np.zeros((64, 197), complex), "an array of finite real numbers is expected"),
+        (np.zeros((64, 197), bool), "an array of finite real numbers is expected"),
+        ([[1.0], [1.0, 2.0]], "an array of finite real numbers is expected"),
+        ("noise", "an array of finite real numbers is expected"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_sound_latents_of_the_wrong_kind(value, sentence):
+    with pytest.raises(InputError, match=f"^{re.escape(f'sound_latents: {sentence}')}$"):
+        ask(**SOUND, sound_latents=value)
+
+
+def test_sound_latents_have_the_tokenizers_channels():
+    value = np.zeros((8, 197))
+    assert ask(**SOUND, sound=SoundConfig(vocoder_input_dim=8), sound_latents=value).sound_latents is value
+
+
+@pytest.mark.parametrize(
+    "sound", [SOUND_TOKENIZER, SoundConfig(hop_size=1920), SoundConfig(44100, hop_size=1000), SoundConfig(dec_strides=(2, 3))]
+)
+def test_sound_lasts_as_long_as_the_reference_makes_it(sound):
+    # pipeline_cosmos3_omni.py, `prepare_latents`, and `_hop_size` of the audio tokenizer, to the letter.
+    hop_size = sound.hop_size if sound.hop_size is not None else math.prod(sound.dec_strides)
+    for num_frames in [*range(1, 400, 4), 1001, 14_401]:
+        # The last ones: a sample more than whole latents, which rounding makes or does not.
+        a_sample_more = [sound.sampling_rate * num_frames / (k * hop_size + 1) for k in range(1, 10)]
+        for fps in [0.1, 1, 7.3, 12, 16, 23.976, 24, 24.0, 25, 29.97, 30, 59.94, 60, 1000, *a_sample_more]:
+            n_audio_samples = int(num_frames / fps * sound.sampling_rate)
+            frames = (n_audio_samples + hop_size - 1) // hop_size
+            assert sound.latent_frames(num_frames, fps) == frames
+    assert ask(**SOUND, num_frames=97, fps=29.97, sound=sound).sound_frames(sound) == sound.latent_frames(97, 29.97)
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "fps", "frames"), [(189, 24, 197), (1, 24, 2), (121, 30, 101), (121, 24, 127), (25, 25, 25), (97, 29.97, 81)]
+)
+def test_25_latents_a_second_that_cover_the_video(num_frames, fps, frames):
+    assert ask(**SOUND, num_frames=num_frames, fps=fps).sound_frames(SOUND_TOKENIZER) == frames
+
+
+def test_without_sound_there_are_no_sound_latents():
+    assert ask().sound_frames(SOUND_TOKENIZER) == ask(**SOUND).sound_frames(None) == 0
 
 
 @pytest.mark.parametrize("indexes", [(), (-1,), (0, 1.0), "01", ("0",), 0, None], ids=repr)

@@ -56,6 +56,13 @@ def test_what_is_written_is_read(tmp_path, dtypes, shards):
 
 
 @pytest.mark.parametrize("shards", [1, 3])
+def test_what_is_written_has_the_permissions_of_new_files(tmp_path, shards):
+    (tmp_path / "new").touch()
+    write_tensors(tmp_path, split(random_tensors(np.float32), shards))
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
+
+
+@pytest.mark.parametrize("shards", [1, 3])
 def test_the_library_reads_what_is_written(tmp_path, shards):
     """And finds each tensor where the index says it is, and as many bytes."""
     tensors = random_tensors(*KINDS.values())

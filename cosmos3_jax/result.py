@@ -1,0 +1,38 @@
+"""What the pipeline gives back."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cosmos3_jax import media
+from cosmos3_jax.config import InputError
+from cosmos3_jax.processes import is_first
+
+
+@dataclasses.dataclass
+class Result:
+    """What a request made."""
+
+    video: Any  # float32 [t, h, w, 3] in [0, 1], a list of PIL images, or normalized latents float32 [1, c, t, h, w]
+    fps: float
+    seconds: dict[str, float]  # by stage
+    sound: np.ndarray | None = None  # float32 [channels, samples] in [-1, 1], or with latents float32 [sound_dim, latents]
+    sample_rate: int | None = None  # of the waveform, in Hz
+
+    def save(self, path: str | Path) -> None:
+        """Writes an .mp4 with its sound; a .png, .jpg or .webp of a single frame; or a .wav of the sound alone.
+
+        Of several processes, the first one does. Raises InputError if it cannot be written.
+        """
+        path = Path(path)
+        if isinstance(self.video, list):
+            frames = np.stack(self.video)
+        elif self.video.ndim == 4:
+            frames = np.round(np.clip(self.video, 0, 1) * 255).astype(np.uint8)
+        else:
+            raise InputError(f'{path}: latents cannot be saved; ask for output_type="np" or "pil"')
+        sound = None if self.sound is None or self.sample_rate is None else media.Sound(self.sound, self.sample_rate)
+        if is_first():
+            media.write(path, frames, self.fps, sound)
