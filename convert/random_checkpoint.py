@@ -157,9 +157,9 @@ def _random(shapes: Shapes, random: np.random.RandomState, dtype: Any) -> dict[s
 def _magnitude(name: str, shapes: Shapes) -> float:
     """The length of a convolution's weights for which the sound is loud, follows its latents, and is seldom clipped."""
     if "conv_t1" not in name:
-        return 0.1 if name == "decoder.conv2.weight_g" else 0.5
+        return 0.3 if name == "decoder.conv2.weight_g" else 0.5
     inputs, outputs, kernel = shapes[name[:-1] + "v"]
-    return (outputs * kernel / (2 * inputs)) ** 0.5  # of a transposed one, as loud as what comes in
+    return 0.7 * (outputs * kernel / (2 * inputs)) ** 0.5  # of a transposed one: without the factor, as loud as what comes in
 
 
 def model_index(scheduler: str = str(SCHEDULER["_class_name"]), *, sound: bool = True) -> dict[str, object]:

@@ -275,7 +275,7 @@ class SoundConfig:
 
     def latent_frames(self, num_frames: int, fps: float) -> int:
         """How many sound latents cover a video. Source: diffusers 0.42.1, `prepare_latents` of the pipeline."""
-        return -(-int(num_frames / fps * self.sampling_rate) // self.samples_per_latent)
+        return -(-int(num_frames / float(fps) * self.sampling_rate) // self.samples_per_latent)
 
 
 @dataclasses.dataclass(frozen=True)

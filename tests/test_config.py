@@ -276,13 +276,15 @@ def test_a_hop_is_a_whole_number(value):
         {"dec_strides": [2, 4, 5, 6, 0]},
         {"dec_c_mults": [1, -2, 4, 8, 16]},
         {"dec_c_mults": [], "dec_strides": []},
+        {"dec_c_mults": [1] * 17, "dec_strides": [1] * 17},
     ],
     ids=str,
 )
 def test_every_stride_of_the_sound_decoder_has_a_width(changes):
     mults, strides = (tuple(changes.get(key, getattr(SOUND_TOKENIZER, key))) for key in ("dec_c_mults", "dec_strides"))
     expected = (
-        f"sound_tokenizer/config.json: dec_c_mults={mults} should be whole numbers above 0, as many as dec_strides={strides}"
+        f"sound_tokenizer/config.json: dec_c_mults={mults} should be whole numbers above 0, at most 16 and as many as "
+        f"dec_strides={strides}"
     )
     with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
         SoundConfig.from_json(PUBLISHED["nano_sound_tokenizer"] | changes)

@@ -292,7 +292,7 @@ def test_no_prompt_and_no_place_for_the_video_are_needed(folder, jobs, monkeypat
         ("--checkpoint no", "no: there is no such folder"),
         (
             "--preset edge --sound",
-            "enable_sound: this checkpoint has no sound heads (sound_gen=false); leave it out, or take Cosmos3-Nano or -Super",
+            "enable_sound: this checkpoint has no sound heads; leave it out, or take Cosmos3-Nano or -Super",
         ),
     ],
 )

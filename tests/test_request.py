@@ -153,7 +153,7 @@ def test_refused(settings, sentence):
 SOUND = {"enable_sound": True}
 TOO_SHORT = {"num_frames": 1, "fps": 1000, "sound": SoundConfig(sampling_rate=999)}
 NO_SOUND = [
-    (SOUND | {"transformer": EDGE}, "this checkpoint has no sound heads (sound_gen=false); leave it out, or take Cosmos3-Nano"),
+    (SOUND | {"transformer": EDGE}, "this checkpoint has no sound heads; leave it out, or take Cosmos3-Nano or -Super"),
     (SOUND | {"sound": None}, "this checkpoint has no sound tokenizer, or was loaded with sound=False; leave it out"),
     (SOUND | TOO_SHORT, "num_frames=1 at fps=1000 are too short for any sound"),
 ]
@@ -198,6 +198,7 @@ def test_sound_latents_alone_are_refused(settings):
         (0.5, "shape [] should be [64, 197]"),
         (np.full((64, 197), np.nan), "an array of finite real numbers is expected"),
         (np.full((64, 197), np.inf), "an array of finite real numbers is expected"),
+        (np.full((64, 197), 1e39), "an array of finite real numbers is expected"),  # as float32, which it becomes
         (np.zeros((64, 197), complex), "an array of finite real numbers is expected"),
         (np.zeros((64, 197), bool), "an array of finite real numbers is expected"),
         ([[1.0], [1.0, 2.0]], "an array of finite real numbers is expected"),
