@@ -23,8 +23,9 @@ def dry_run(job: Job, cfg: int, tp: int) -> tuple[str, dict[str, Any]]:
 
 def _title(job: Job, e: Estimate) -> str:
     request = job.request
-    what = f"{request.num_frames} frame(s) of {request.height}x{request.width}{' with sound' if request.enable_sound else ''}"
-    return f"{what}, {request.num_inference_steps} steps, {job.dtype}, {job.text_tokens} text tokens a branch, on cfg={e.cfg} tp={e.tp}"
+    sound = " with sound" if request.enable_sound else ""
+    what = f"{request.num_frames} frame(s) of {request.height}x{request.width}{sound}, {request.num_inference_steps} steps"
+    return f"{what}, {job.dtype}, {job.text_tokens} text tokens a branch, on cfg={e.cfg} tp={e.tp}"
 
 
 def _memory(e: Estimate) -> str:

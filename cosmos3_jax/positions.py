@@ -40,8 +40,8 @@ def text_ids(length: int) -> np.ndarray:
 def vision_ids(config: TransformerConfig, shape_thw: tuple[int, int, int], start: int, fps: float) -> np.ndarray:
     """[3, G] positions of latent patches, frames outermost: time from `start`, rows and columns from 0.
 
-    A latent frame is one position at base_fps, more where frames last longer: a clip spans its real duration. A sound latent is a
-    frame of one patch; a second of sound spans base_fps positions, one of video a quarter of that.
+    A latent frame is one position at base_fps, more where frames last longer: a clip spans its real duration. A sound latent is
+    a frame of one patch; a second of sound spans base_fps positions, one of video a quarter of that.
     """
     t, h, w = shape_thw
     size = config.latent_patch_size
