@@ -118,7 +118,7 @@ def load_file(folder: Path, mesh: Any) -> Any:
 
     checkpoint = Checkpoint.open(folder)
     placement = {}
-    for part, network in abstract_networks(checkpoint.transformer, checkpoint.vae, mesh, "bfloat16")._asdict().items():
+    for part, network in abstract_networks(checkpoint.transformer, checkpoint.vae, mesh, "bfloat16").by_name().items():
         names = names_of(part, network, checkpoint.transformer)
         for path, w in by_path(network.weights).items():
             whole, shape = w.get_value().sharding, w.shape

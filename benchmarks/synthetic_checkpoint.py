@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="the folder to write")
     out = parser.parse_args().out
-    write_checkpoint(out, TINY, VAE, dtype=jnp.bfloat16)
+    write_checkpoint(out, dataclasses.replace(TINY, sound_dim=NARROW.sound_dim), VAE, dtype=jnp.bfloat16)
     shutil.rmtree(out / "transformer")
     write_tensors(out / "transformer", in_shards(tensors(), FILE))
     write_json(out / "transformer" / "config.json", transformer_json(NARROW))

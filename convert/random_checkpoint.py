@@ -63,7 +63,7 @@ def write_checkpoint(
     folder: Path,
     transformer: TransformerConfig = TINY,
     vae: VAEConfig = TINY_VAE,
-    sound: SoundConfig = TINY_SOUND,
+    sound: SoundConfig | None = None,
     *,
     seed: int = 0,
     dtype: Any = np.float32,
@@ -72,13 +72,15 @@ def write_checkpoint(
 ) -> Path:
     """Fills `folder` with configs, the built-in tokenizer and random weights, the transformer's in `shards` files.
 
-    There is a sound tokenizer (its decoder) if the transformer has sound heads. `distilled` makes it a four-step checkpoint.
+    If the transformer has sound heads, there is a sound tokenizer (its decoder), a small one if none is given. `distilled`
+    makes it a four-step checkpoint.
     """
     random = np.random.RandomState(seed)
     tensors = _random(transformer_shapes(transformer), random, dtype)
     write_tensors(folder / "transformer", [dict(list(tensors.items())[i::shards]) for i in range(shards)])
     write_tensors(folder / "vae", [_random(vae_shapes(vae), random, dtype)])
     if transformer.sound_gen:
+        sound = sound or dataclasses.replace(TINY_SOUND, vocoder_input_dim=transformer.sizes["A"])
         write_tensors(folder / "sound_tokenizer", [_random(sound_shapes(sound), random, dtype)])
         write_json(folder / "sound_tokenizer" / "config.json", sound_json(sound))
     if folder.resolve() != BUILT_IN:
