@@ -9,11 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Self
 
-MOST = {
-    "num_hidden_layers": 1000,
-    "num_res_blocks": 100,
-    "sampling_rate": 1e6,
-}  # of what a hostile file could have us loop over
+# of what a hostile file could have us loop over, or fill memory with
+MOST = {"num_hidden_layers": 1000, "num_res_blocks": 100, "sampling_rate": 1e6}
 LEAST = {"unified_3d_mrope_temporal_modality_margin": 0}
 
 

@@ -263,13 +263,13 @@ def _encode(path: Path, frames: np.ndarray, fps: float, sound: Sound | None) -> 
 def _encode_sound(folder: Path, sound: Sound) -> Path:
     """A file in `folder` with the sound as AAC, by the coder that loses less of it."""
     rate = next((rate for rate in AAC_RATES if rate >= sound.sample_rate), AAC_RATES[-1])
-    channels = str(len(sound.wave_cn))
-    source = ["-f", "s16le", "-ar", str(sound.sample_rate), "-ac", channels, "-i", "-"]
-    aac = ["-c:a", "aac", "-ar", str(rate), "-b:a", str(AAC_BITS * rate * len(sound.wave_cn)), *AAC_OPTIONS]
+    channels, pcm = len(sound.wave_cn), _pcm(sound)
+    source = ["-f", "s16le", "-ar", str(sound.sample_rate), "-ac", str(channels), "-i", "-"]
+    aac = ["-c:a", "aac", "-ar", str(rate), "-b:a", str(AAC_BITS * rate * channels), *AAC_OPTIONS]
     lost = {}
     for coder in AAC_CODERS:
         file = folder / f"{coder}.m4a"
-        _ffmpeg(*source, *aac, "-aac_coder", coder, str(file), given=_pcm(sound))
+        _ffmpeg(*source, *aac, "-aac_coder", coder, str(file), given=pcm)
         lost[file] = np.square(_heard(file, sound) - np.clip(sound.wave_cn, -1, 1)).sum()
     return min(lost, key=lambda file: lost[file])
 

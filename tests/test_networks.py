@@ -199,15 +199,9 @@ LIMITS = {
 }
 
 
-@pytest.mark.parametrize("text_tower", ["auto", "drop", "host"])
-@pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize(("cfg", "tp"), MESHES)
-def test_networks_leave_for_one_another_where_memory_is_short(cfg, tp, limit, text_tower, opened, kept, monkeypatch):
-    memory = LIMITS[limit][0](**residence("keep", cfg, tp).sizes)
-    short_of(monkeypatch, memory)
-    devices, (pipe, _) = Devices(cfg, tp), opened(text_tower, cfg, tp)
-    sizes, seen = pipe.residence.sizes, []
-    bring = pipe.residence.bring
+def whenever_brought(pipe: Cosmos3Pipeline, devices: Devices, monkeypatch) -> list[tuple[str, set[str]]]:
+    """A list that grows, for every network that is brought, by it and all that are then on the devices."""
+    seen, bring = [], pipe.residence.bring
 
     def spy(part: str, **how) -> Network:
         network = bring(part, **how)
@@ -215,6 +209,17 @@ def test_networks_leave_for_one_another_where_memory_is_short(cfg, tp, limit, te
         return network
 
     monkeypatch.setattr(pipe.residence, "bring", spy)
+    return seen
+
+
+@pytest.mark.parametrize("text_tower", ["auto", "drop", "host"])
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize(("cfg", "tp"), MESHES)
+def test_networks_leave_for_one_another_where_memory_is_short(cfg, tp, limit, text_tower, opened, kept, monkeypatch):
+    memory = LIMITS[limit][0](**residence("keep", cfg, tp).sizes)
+    short_of(monkeypatch, memory)
+    devices, (pipe, _) = Devices(cfg, tp), opened(text_tower, cfg, tp)
+    sizes, seen = pipe.residence.sizes, whenever_brought(pipe, devices, monkeypatch)
     for mode in ("image_to_video", "text_to_video", "image_to_video"):
         np.testing.assert_array_equal(video(pipe, mode), kept(mode, cfg, tp))
     assert [part for part, _ in seen] == ["vae", "und", "gen", "vae", "und", "gen", "vae", "vae", "und", "gen", "vae"]
@@ -282,15 +287,8 @@ def test_the_sound_decoder_comes_at_the_first_sound_and_stays(
 def test_the_sound_decoder_takes_its_turn_where_memory_is_short(cfg, tp, text_tower, opened, pipes, monkeypatch):
     expected = both(pipes("small", cfg=cfg, tp=tp))
     short_of(monkeypatch, 1)
-    devices, (pipe, loads), seen = Devices(cfg, tp), opened(text_tower, cfg, tp), []
-    bring = pipe.residence.bring
-
-    def spy(part: str, **how) -> Network:
-        network = bring(part, **how)
-        seen.append((part, devices.networks()))
-        return network
-
-    monkeypatch.setattr(pipe.residence, "bring", spy)
+    devices, (pipe, loads) = Devices(cfg, tp), opened(text_tower, cfg, tp)
+    seen = whenever_brought(pipe, devices, monkeypatch)
     for _ in range(2):
         for x, y in zip(both(pipe), expected, strict=True):
             np.testing.assert_array_equal(x, y)
