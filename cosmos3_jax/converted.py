@@ -22,7 +22,7 @@ from cosmos3_jax.published import arrange, file_shapes, names_of, scales, sound_
 from cosmos3_jax.weights import Index, Network, Weight, audit, by_path, copy, place_weight
 
 MARK = "cosmos3_jax.json"
-FORMAT = 2
+FORMAT = 3
 KINDS = ("float32", "float16", "bfloat16")
 STORES = ("und", "gen", "vae", "unused", "sound_tokenizer")
 STORE_OF = {"und": "und", "gen": "gen", "vae": "vae", "sound": "sound_tokenizer"}  # network -> where its arrays are

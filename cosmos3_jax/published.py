@@ -247,11 +247,11 @@ def _copy(block: tuple[np.ndarray, np.ndarray, Tensor]) -> int:
 def arrange(tensor: np.ndarray, w: Weight) -> np.ndarray:
     """A view of a tensor of a file in its weight's own layout.
 
-    A convolution is stored [out, in, (time,) height, width] and used as [height, width, (time x) in, out]; one of sound is
+    A convolution is stored [out, in, (time,) height, width] and used as [(time,) height, width, in, out]; one of sound is
     stored [out, in, samples] and used as [samples, in, out], and a transposed one the other way round.
     """
     if tensor.ndim > 2:
-        tensor = tensor.transpose(_convolution_axes(tensor.ndim))
+        tensor = tensor.transpose(*range(2, tensor.ndim), 1, 0)
     return tensor.reshape(w.shape[1:] if is_stacked(w) else w.shape)
 
 
@@ -259,13 +259,8 @@ def disarrange(value: np.ndarray, w: Weight) -> np.ndarray:
     """The inverse of `arrange`."""
     if len(w.file_shape) < 3:
         return value.reshape(w.file_shape)
-    axes = _convolution_axes(len(w.file_shape))
-    return value.reshape([w.file_shape[axis] for axis in axes]).transpose(np.argsort(axes))
-
-
-def _convolution_axes(ndim: int) -> tuple[int, ...]:
-    first = max(2, ndim - 2)
-    return (*range(first, ndim), *range(first - 1, -1, -1))
+    outputs, inputs, *kernel = w.file_shape
+    return np.moveaxis(value.reshape(*kernel, inputs, outputs), (-1, -2), (0, 1))
 
 
 def scales(v: np.ndarray, g: np.ndarray) -> np.ndarray:
