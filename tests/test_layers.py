@@ -9,7 +9,7 @@ from metrics import random
 
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.config import TINY
-from cosmos3_jax.models.layers import QUERY_CHUNK, RMSNorm, Rotary, TimestepEmbedding, attention, rotate
+from cosmos3_jax.models.layers import SCORE_ROWS, RMSNorm, Rotary, TimestepEmbedding, attention, rotate
 from cosmos3_jax.weights import random_weights, split
 
 
@@ -36,7 +36,7 @@ def plain_attention(q, k, v, length, causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=["equal_heads", "grouped_heads"])
-@pytest.mark.parametrize("queries", [1, 60, QUERY_CHUNK, QUERY_CHUNK + 1])
+@pytest.mark.parametrize("queries", [1, 60, SCORE_ROWS // 4, SCORE_ROWS, SCORE_ROWS + 1])
 @pytest.mark.parametrize("mesh", [False, True], ids=["alone", "in_mesh"])
 def test_attention_is_softmax(queries, heads, causal, mesh):
     (N, K), M = heads, queries + 5

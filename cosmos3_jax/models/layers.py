@@ -15,7 +15,7 @@ from cosmos3_jax.axes import current_mesh, spec
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.weights import vector, weight
 
-QUERY_CHUNK = 128  # queries that attend at once: at 720p, Nano's scores then take 1.5 GB for both branches, not 505
+SCORE_ROWS = 512  # rows of scores at a time: at 720p 90 MB of them, not 505 GB, and on CPUs what stays in the cache
 
 
 @struct.dataclass
@@ -115,26 +115,31 @@ def cudnn_attention(q_BQNH, k_BMKH, v_BMKH, length_B, *, causal: bool):
 
 
 def chunked_attention(q_BQNH, k_BMKH, v_BMKH, length_B, *, causal: bool = False):
-    """Exact attention anywhere. The scores of one chunk of queries, B x N x QUERY_CHUNK x M, are all that exist at once."""
+    """Exact attention anywhere, one key/value head at a time, and of its query heads a chunk of SCORE_ROWS queries."""
     B, Q, N, H = q_BQNH.shape
     M, K = k_BMKH.shape[1:3]
-    chunk = min(QUERY_CHUNK, Q)
-    count = -(-Q // chunk)
+    count = -(-Q * N // K // SCORE_ROWS)
+    chunk = -(-Q // count)
     padded = jnp.pad(q_BQNH, ((0, 0), (0, count * chunk - Q), (0, 0), (0, 0)))
-    q = padded.reshape(B, count, chunk, K, N // K, H).transpose(1, 0, 3, 4, 2, 5)  # count, B, K, N/K, chunk, H
-    k = k_BMKH.transpose(0, 2, 3, 1)
-    v = v_BMKH.transpose(0, 2, 1, 3)
-    key_M = jnp.arange(M)
-    seen_B11qM = (key_M < length_B[:, None])[:, None, None, None]
+    q = padded.reshape(B, count, chunk, K, N // K, H).transpose(0, 3, 1, 2, 4, 5).reshape(B * K, count, -1, H)
+    k, v = (x.transpose(0, 2, 1, 3).reshape(B * K, M, H) for x in (k_BMKH, v_BMKH))
+    key_M, query_q = jnp.arange(M), jnp.arange(chunk * N // K) // (N // K)
 
-    def attend(_, inputs):
-        start, q = inputs
-        score = jnp.einsum("bkgqh,bkhm->bkgqm", q, k, preferred_element_type=jnp.float32) * H**-0.5
-        seen = seen_B11qM & (key_M <= (start + jnp.arange(chunk))[:, None]) if causal else seen_B11qM
-        score = jnp.where(seen, score, -jnp.inf)
-        weight = jnp.exp(score - jnp.max(score, axis=-1, keepdims=True))
-        mean = jnp.einsum("bkgqm,bkmh->bkgqh", weight.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return None, (mean / jnp.sum(weight, axis=-1, keepdims=True)).astype(q.dtype)
+    def head(inputs):
+        q, k_MH, v_MH, length = inputs
 
-    _, out = jax.lax.scan(attend, None, (jnp.arange(count) * chunk, q))
-    return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, count * chunk, N, H)[:, :Q]
+        def attend(inputs):
+            start, q_qH = inputs
+            score_qM = jnp.einsum("qH,MH->qM", q_qH, k_MH, preferred_element_type=jnp.float32) * H**-0.5
+            seen = key_M < length
+            if causal:
+                seen = seen & (key_M <= (start + query_q)[:, None])
+            score_qM = jnp.where(seen, score_qM, -jnp.inf)
+            weight_qM = jnp.exp(score_qM - jnp.max(score_qM, axis=-1, keepdims=True))
+            mean_qH = jnp.einsum("qM,MH->qH", weight_qM.astype(v.dtype), v_MH, preferred_element_type=jnp.float32)
+            return (mean_qH / jnp.sum(weight_qM, axis=-1, keepdims=True)).astype(q_qH.dtype)
+
+        return jax.lax.map(attend, (jnp.arange(count) * chunk, q))
+
+    out = jax.lax.map(head, (q, k, v, jnp.repeat(length_B, K)))
+    return out.reshape(B, K, count * chunk, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, count * chunk, N, H)[:, :Q]
