@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")  # what is tested is compiled here and now
 
 from pathlib import Path
 
