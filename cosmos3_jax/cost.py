@@ -29,7 +29,7 @@ def collectives(hlo: str) -> list[Collective]:
     """The collectives of a compiled program (`compiled.as_text()`), those in loops counted as often as the loop runs.
 
     Of programs compiled for CPUs: GPUs write pairs of start and done. Of a loop whose length XLA does not know, one run is
-    counted; branches (`lax.cond`) are not followed.
+    counted; of branches (`lax.cond`), each.
     """
     bodies = dict(_computations(hlo))
     runs = Counter({name: 1 for name in bodies if name.startswith("ENTRY")})
@@ -37,8 +37,11 @@ def collectives(hlo: str) -> list[Collective]:
     for name, lines in reversed(bodies.items()):  # callers stand below what they call
         for line in lines:
             trips = int(match[1]) if (match := re.search(r'"known_trip_count":\{"n":"(\d+)"', line)) else 1
-            for callee in re.findall(r"(?:body|calls|to_apply)=%?([\w.-]+)", line):
+            for callee in re.findall(r"(?:body|calls|to_apply|(?:true|false)_computation)=%?([\w.-]+)", line):
                 runs[callee] += runs[name] * trips
+            if match := re.search(r"branch_computations=\{(.*?)\}", line):
+                for callee in re.findall(r"[\w.-]+", match[1]):
+                    runs[callee] += runs[name]
             if match := re.search(rf" = (\(?.*?\)?) ({'|'.join(KINDS)})\(", line):
                 found.append(Collective(match[2], re.sub(r"\{[\d,]*\}", "", match[1]), runs[name], name.removeprefix("ENTRY ")))
     return found
@@ -58,7 +61,7 @@ def _nbytes(dtype: str, sizes: str) -> int:
 def flops(jaxpr: Any) -> int:
     """Floating-point operations of all matrix products and convolutions in a jaxpr, on all devices together.
 
-    Branches (`lax.cond`) are not followed; a `shard_map` is taken to divide its work over the whole mesh.
+    Of branches (`lax.cond`), the one with the most; a `shard_map` is taken to divide its work over the whole mesh.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -70,6 +73,8 @@ def flops(jaxpr: Any) -> int:
         elif name == "conv_general_dilated":
             kernel, channels = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec[0]
             total += 2 * math.prod(outputs[0].shape) * math.prod(kernel) // kernel[channels]
+        elif name == "cond":
+            total += max(flops(branch.jaxpr) for branch in equation.params["branches"])
         times = 1
         if name == "scan":
             times = equation.params["length"]

@@ -26,6 +26,7 @@ from cosmos3_jax.models.transformer import Prefix
 from cosmos3_jax.models.vae import uint8
 from cosmos3_jax.networks import Networks, abstract_networks
 from cosmos3_jax.pipeline import decode, decode_sound, encode, frames_needed, prefill, velocity
+from cosmos3_jax.quantization import quantized
 from cosmos3_jax.request import ResolvedRequest
 from cosmos3_jax.weights import Network
 
@@ -47,6 +48,7 @@ class Job:
     dtype: str = "bfloat16"
     text_tokens: int = TEXT_TOKENS
     sound: SoundConfig | None = None
+    quantize: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +115,46 @@ class Estimate:
         return sum(stage.sent for stage in self.stages) / gpu.link
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function of a network, and abstract arguments for it."""
+
+    name: str
+    function: Any
+    arguments: tuple
+    network: Network  # one of the arguments, or part of one
+    mesh: Mesh
+    runs: int = 1  # in the request
+    everywhere: bool = False  # whether every device does all of its work
+
+    @functools.cached_property
+    def traced(self) -> Any:
+        """As JAX has it before XLA."""
+        with jax.set_mesh(self.mesh):
+            return self.function.trace(*self.arguments)
+
+    @property
+    def flops(self) -> int:
+        """Of one run, all devices together."""
+        return flops(self.traced.jaxpr) * (self.mesh.size if self.everywhere else 1)
+
+    def compiled(self) -> Stage:
+        """Compiled, and what can be read then."""
+        with jax.set_mesh(self.mesh):
+            compiled = self.traced.lower().compile()
+        needs, weights = compiled.memory_analysis(), _nbytes(self.network)
+        return Stage(
+            self.name,
+            runs=self.runs,
+            flops=self.flops,
+            weights=weights,
+            inputs=_nbytes(self.arguments) - weights,
+            results=needs.output_size_in_bytes - needs.alias_size_in_bytes,
+            scratch=needs.temp_size_in_bytes,
+            collectives=tuple(collectives(compiled.as_text())),
+        )
+
+
 def virtual_devices(count: int) -> None:
     """Gives this process `count` CPU devices and no others, before JAX starts. Raises InputError if it has fewer already."""
     try:
@@ -128,15 +170,27 @@ def estimate(job: Job, cfg: int, tp: int) -> Estimate:
 
     Raises InputError where the mesh or the heads do not allow it.
     """
+    networks, mesh = _abstract(job, cfg, tp)
+    programs = [*towers(job, networks, mesh), *autoencoders(job, networks, mesh)]
+    return Estimate(cfg, tp, job.dtype, _nbytes(networks), tuple(program.compiled() for program in programs))
+
+
+def work(job: Job, cfg: int, tp: int) -> dict[str, int]:
+    """The FLOPs of each stage, all runs and all devices together: what `estimate` says, without compiling."""
+    networks, mesh = _abstract(job, cfg, tp)
+    programs = [*towers(job, networks, mesh), *autoencoders(job, networks, mesh)]
+    return {program.name: program.runs * program.flops for program in programs}
+
+
+def _abstract(job: Job, cfg: int, tp: int) -> tuple[Networks, Mesh]:
     mesh = make_mesh(cfg, tp, jax.devices("cpu"))
     job.transformer.check_tensor_parallel(tp)
     sound = job.sound if job.request.enable_sound else None
     networks = abstract_networks(job.transformer, job.vae, mesh, STAND_IN[job.dtype], sound)
-    stages = *towers(job, networks, mesh), *autoencoders(job, networks, mesh)
-    return Estimate(cfg, tp, job.dtype, _nbytes(networks), stages)
+    return (networks._replace(gen=quantized(networks.gen)) if job.quantize == "fp8" else networks), mesh
 
 
-def towers(job: Job, networks: Networks, mesh: Mesh) -> tuple[Stage, Stage]:
+def towers(job: Job, networks: Networks, mesh: Mesh) -> list[Program]:
     """Prefill and one denoising step."""
     config, request, S = job.transformer, job.request, job.text_tokens
     t, h, w = job.vae.latent_shape(request.num_frames, request.height, request.width)
@@ -145,59 +199,38 @@ def towers(job: Job, networks: Networks, mesh: Mesh) -> tuple[Stage, Stage]:
     G = t * math.ceil(h / config.latent_patch_size) * math.ceil(w / config.latent_patch_size) + s
     array = functools.partial(_array, mesh)
     length_B, half = array(B, dtype=jnp.int32), config.head_dim // 2
-    with jax.set_mesh(mesh):
-        text = Rotary(array(1, S, half), array(1, S, half))
-        prefilled = _stage("prefill", networks.und, prefill, networks.und, array(B, S, dtype=jnp.int32), length_B, text)
-        shape = config.num_hidden_layers, B, S, config.num_key_value_heads, config.head_dim
-        keys = array(*shape, dtype=STAND_IN[job.dtype], dims="LBSKH")
-        inputs = networks.gen, Rotary(array(B, G, half), array(B, G, half)), Prefix(keys, keys, length_B)
-        latents = Latents(array(t, h, w, job.vae.z_dim), array(s, config.sizes["A"]) if s else None)
-        state, given = sampler.State(*[latents] * 4), sampler.Given(latents.video, array(t, dtype=bool))
-        step = sampler.unipc_steps(np.array([0.9]))
-        stage = _stage("step", networks.gen, sampler.run_steps, velocity, inputs, state, step, given)
-    return prefilled, dataclasses.replace(stage, runs=request.num_inference_steps)
+    text = Rotary(array(1, S, half), array(1, S, half))
+    shape = config.num_hidden_layers, B, S, config.num_key_value_heads, config.head_dim
+    keys = array(*shape, dtype=STAND_IN[job.dtype], dims="LBSKH")
+    inputs = networks.gen, Rotary(array(B, G, half), array(B, G, half)), Prefix(keys, keys, length_B)
+    latents = Latents(array(t, h, w, job.vae.z_dim), array(s, config.sizes["A"]) if s else None)
+    state, given = sampler.State(latents, latents, latents, latents), sampler.Given(latents.video, array(t, dtype=bool))
+    step = velocity, inputs, state, sampler.unipc_steps(np.array([0.9])), given
+    return [
+        Program("prefill", prefill, (networks.und, array(B, S, dtype=jnp.int32), length_B, text), networks.und, mesh),
+        Program("step", sampler.run_steps, step, networks.gen, mesh, runs=request.num_inference_steps),
+    ]
 
 
-def autoencoders(job: Job, networks: Networks, mesh: Mesh) -> list[Stage]:
+def autoencoders(job: Job, networks: Networks, mesh: Mesh) -> list[Program]:
     """The encoder, if frames came with the request, the decoder, and that of the sound."""
     t, h, w = job.vae.latent_shape(job.request.num_frames, job.request.height, job.request.width)
-    stages = []
+    vae, sound, programs = networks.vae, networks.sound, []
     if job.request.image is not None or job.request.video is not None:
         count = 1 if job.request.video is None else frames_needed(job.request, job.vae)
         frames = _array(mesh, count, job.request.height, job.request.width, 3)
-        with jax.set_mesh(mesh):
-            stage = _stage("encode", networks.vae, encode, networks.vae, frames)
-        stages.append(dataclasses.replace(stage, flops=stage.flops * mesh.size))  # every device encodes all of it
-    with jax.set_mesh(picture_mesh(mesh, h, w)):
-        stages.append(_stage("decode", networks.vae, decode, networks.vae, _array(mesh, t, h, w, job.vae.z_dim), uint8))
-    if networks.sound is not None:
+        programs.append(Program("encode", encode, (vae, frames), vae, mesh, everywhere=True))
+    picture = picture_mesh(mesh, h, w)
+    programs.append(Program("decode", decode, (vae, _array(mesh, t, h, w, job.vae.z_dim), uint8), vae, picture))
+    if sound is not None:
         latents = _array(mesh, job.request.sound_frames(job.sound), job.transformer.sizes["A"])
-        with jax.set_mesh(mesh):
-            stage = _stage("decode_sound", networks.sound, decode_sound, networks.sound, latents)
-        stages.append(dataclasses.replace(stage, flops=stage.flops * mesh.size))  # every device decodes all of it
-    return stages
+        programs.append(Program("decode_sound", decode_sound, (sound, latents), sound, mesh, everywhere=True))
+    return programs
 
 
 def _array(mesh: Mesh, *sizes: int, dtype: Any = jnp.float32, dims: str = "") -> Any:
     """An abstract array, divided over `mesh` by its letters."""
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding(mesh, dims))
-
-
-def _stage(name: str, network: Network, program: Any, *arguments: Any) -> Stage:
-    """Compiles a jitted program for abstract arguments, `network` among them, and reads it."""
-    traced = program.trace(*arguments)
-    compiled = traced.lower().compile()
-    needs, weights = compiled.memory_analysis(), _nbytes(network)
-    return Stage(
-        name,
-        runs=1,
-        flops=flops(traced.jaxpr),
-        weights=weights,
-        inputs=_nbytes(arguments) - weights,
-        results=needs.output_size_in_bytes - needs.alias_size_in_bytes,
-        scratch=needs.temp_size_in_bytes,
-        collectives=tuple(collectives(compiled.as_text())),
-    )
 
 
 def _nbytes(tree: Any) -> int:

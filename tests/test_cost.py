@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.cost import Collective, collectives, flops
 from cosmos3_jax.latents import Latents
-from cosmos3_jax.models.layers import QUERY_CHUNK, Rotary
+from cosmos3_jax.models.layers import SCORE_ROWS, Rotary
 from cosmos3_jax.models.transformer import Prefix
 from cosmos3_jax.networks import abstract_networks
 from cosmos3_jax.pipeline import velocity
@@ -236,8 +236,8 @@ def test_a_step_of_the_model_by_hand(family, cfg, tp, sound):
         arguments = (gen, rotary, prefix), latents, 700.0, np.zeros(t, bool)
         counted = flops(jax.make_jaxpr(velocity)(*arguments).jaxpr)
 
-    padded_queries = math.ceil(G / QUERY_CHUNK) * QUERY_CHUNK  # the last chunk is computed whole
-    assert padded_queries > G
+    chunks = math.ceil(G * N / K / SCORE_ROWS)
+    padded_queries = math.ceil(G / chunks) * chunks  # the last chunk is computed whole
     matrices = 2 if config.hidden_act == "relu2" else 3  # of the MLP
     of_a_token = 2 * D * (N * H + 2 * K * H) + 2 * D * N * H + matrices * 2 * D * F  # q, k, v; back together; MLP
     scores_and_mix = 2 * (2 * padded_queries * (G + S) * N * H)

@@ -119,7 +119,8 @@ def test_collectives_of_the_towers(family, cfg, tp, enable_sound):
     asked = Request("", num_frames=9, height=64, width=96, enable_sound=enable_sound)
     job = Job(config, cases.VAE, resolve(asked, config, cases.VAE, sound=TINY_SOUND), "float32", sound=TINY_SOUND)
     mesh = make_mesh(cfg, tp)
-    prefill, step = towers(job, abstract_networks(config, cases.VAE, mesh, "float32", TINY_SOUND), mesh)
+    programs = towers(job, abstract_networks(config, cases.VAE, mesh, "float32", TINY_SOUND), mesh)
+    prefill, step = (program.compiled() for program in programs)
     layers = config.num_hidden_layers
     in_prefill, in_step = [layers - 1, layers - 1], [layers, layers]  # of the last text layer only keys and values exist
     assert [(c.kind, c.count) for c in prefill.collectives] == [("all-reduce", n) for n in in_prefill if tp > 1]
