@@ -10,21 +10,22 @@
 What leaves is read again from the folder when it is needed ("drop"), or waits in host memory ("host").
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from cosmos3_jax.checkpoint import Weights, load
 from cosmos3_jax.config import InputError, SoundConfig, TransformerConfig, VAEConfig
 from cosmos3_jax.models.sound import SoundDecoder
 from cosmos3_jax.models.transformer import GenTower, UndTower
 from cosmos3_jax.models.vae import VAE
+from cosmos3_jax.quantization import quantized
 from cosmos3_jax.weights import Network, nbytes_on_device, split
 
 HOST = "pinned_host"  # memory of the host that GPUs read by themselves
 TEXT_TOWER = ("auto", "keep", "host", "drop")
+QUANTIZE = (None, "fp8")
 # The share of a device's memory that weights may take while a network runs. The prefill needs little beside them; what the
 # others need grows with the video: by the dry run 16 GB at 720p for Nano on one GPU, beside 30.5 GB of weights.
 ROOM = {"und": 0.9, "gen": 2 / 3, "vae": 2 / 3, "sound": 2 / 3}
@@ -57,19 +58,27 @@ def device_memory(mesh: Mesh) -> int | None:
     return min((limit for limit in limits if limit), default=None)
 
 
+class Fill(Protocol):
+    """Where weights come from; `checkpoint.load` of a folder is one."""
+
+    def __call__(self, part: str, network: Network, *, progress: bool) -> Network:
+        """An abstract network ("und", "gen", "vae" or "sound") filled."""
+
+
 class Residence:
     """The networks of a checkpoint as they come to the devices and leave.
 
-    It holds the only references to what it brings, so that what leaves is freed. Raises InputError for a `text_tower` that
-    the devices do not allow.
+    It holds the only references to what `fill` gives it, so that what leaves is freed. Raises InputError for a `text_tower`
+    that the devices do not allow.
     """
 
-    def __init__(self, weights: Weights, abstract: Networks, mesh: Mesh, text_tower: str = "auto"):
+    def __init__(self, fill: Fill, abstract: Networks, mesh: Mesh, text_tower: str = "auto", *, quantize: str | None = None):
         kinds = {memory.kind for memory in mesh.local_devices[0].addressable_memories()}
         if text_tower == "host" and HOST not in kinds:
             raise InputError(f'text_tower="host": these devices cannot reach memory of the kind {HOST}; use "drop" or "keep"')
-        self.weights, self.abstract, self.memory = weights, abstract.by_name(), device_memory(mesh)
-        self.sizes = {part: nbytes_on_device(network) for part, network in self.abstract.items()}
+        self.fill, self.abstract, self.memory = fill, abstract.by_name(), device_memory(mesh)
+        self.quantize = quantize  # "fp8": the matrices of the generating tower, once they are on the devices
+        self.sizes = {part: nbytes_on_device(self._quantized(part, network)) for part, network in self.abstract.items()}
         self.text_tower = self._chosen() if text_tower == "auto" else text_tower
         self.on_devices: dict[str, Network] = {}
         self.on_host: dict[str, Network] = {}
@@ -88,11 +97,14 @@ class Residence:
         if part not in self.on_devices:
             self._make_room(part)
             if part in self.on_host:
-                placement = jax.tree.map(lambda x: x.sharding, self.abstract[part])
+                placement = jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), self.on_host[part])
                 self.on_devices[part] = jax.block_until_ready(jax.device_put(self.on_host[part], placement))
             else:
-                self.on_devices[part] = load(self.weights, part, self.abstract[part], progress=progress)
+                self.on_devices[part] = self._quantized(part, self.fill(part, self.abstract[part], progress=progress))
         return self.on_devices[part]
+
+    def _quantized(self, part: str, network: Network) -> Network:
+        return quantized(network) if self.quantize == "fp8" and part == "gen" else network
 
     def release(self, part: str) -> None:
         """Says that a network has run: the text tower leaves, unless it is kept."""

@@ -5,6 +5,7 @@ shapes placed on a mesh; a checkpoint (checkpoint.py) or `random_weights` fills 
 function `network.merge()` is the module again. No path and no tensor name of a file is known here.
 """
 
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -88,7 +89,7 @@ def nbytes(network: Network) -> int:
 
 def nbytes_on_device(network: Network) -> int:
     """The bytes of all weights on one device."""
-    arrays = [w.get_value() for w in by_path(network.weights).values()]
+    arrays = jax.tree.leaves(network.weights)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
 
 
@@ -116,15 +117,21 @@ def split(module: nnx.Module, mesh: Mesh, dtype: Any) -> Network:
 
 
 def random_weights(tree: nnx.State, seed: int = 0) -> nnx.State:
-    """Arrays for an abstract `tree`, drawn on the devices where they will live, in one program."""
+    """Arrays for an abstract `tree`, drawn on the devices where they will live, in one program, layer by layer."""
     weights = by_path(tree)
 
+    def one(w: Weight, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+        return (w.mean + w.std * jax.random.normal(key, shape)).astype(w.dtype)
+
     def draw(key: jax.Array) -> dict[str, jax.Array]:
-        keys = jax.random.split(key, len(weights))
-        values = {
-            path: w.mean + w.std * jax.random.normal(k, w.shape) for k, (path, w) in zip(keys, weights.items(), strict=True)
-        }
-        return {path: value.astype(weights[path].dtype) for path, value in values.items()}
+        values = {}
+        for k, (path, w) in zip(jax.random.split(key, len(weights)), weights.items(), strict=True):
+            if is_stacked(w):  # the float32 numbers of all layers would not fit beside them
+                layer = functools.partial(one, w, w.shape[1:])
+                values[path] = jax.lax.map(layer, jax.random.split(k, w.shape[0]))
+            else:
+                values[path] = one(w, w.shape, k)
+        return values
 
     placement = {path: w.get_value().sharding for path, w in weights.items()}
     # "rbg": XLA's own generator compiles in a tenth of the time of JAX's default

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from cosmos3_jax import Cosmos3Pipeline, InputError, make_mesh, networks
+from cosmos3_jax import Cosmos3Pipeline, InputError, make_mesh, networks, pipeline
 from cosmos3_jax.config import TINY_SOUND
 from cosmos3_jax.networks import ROOM, Networks, Residence, abstract_networks
 from cosmos3_jax.weights import Network, by_path, nbytes
@@ -37,7 +37,7 @@ def short_of(monkeypatch, nbytes: float | None) -> None:
 @pytest.fixture
 def opened(folders, monkeypatch):
     """`opened(text_tower, cfg, tp)`: a fresh pipeline, and a list of the networks that it reads from the folder."""
-    read, lists = networks.load, [[]]
+    read, lists = pipeline.load, [[]]
 
     def note(weights, part: str, *rest, **how) -> Network:
         lists[-1].append(part)
@@ -48,7 +48,7 @@ def opened(folders, monkeypatch):
         mesh = make_mesh(cfg, tp)
         return Cosmos3Pipeline.from_pretrained(folders("small"), mesh=mesh, text_tower=text_tower, progress=False), lists[-1]
 
-    monkeypatch.setattr(networks, "load", note)
+    monkeypatch.setattr(pipeline, "load", note)
     return open_
 
 

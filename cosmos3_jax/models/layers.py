@@ -13,6 +13,7 @@ from flax import nnx, struct
 
 from cosmos3_jax.axes import current_mesh, spec
 from cosmos3_jax.config import TransformerConfig
+from cosmos3_jax.quantization import product
 from cosmos3_jax.weights import vector, weight
 
 SCORE_ROWS = 512  # rows of scores at a time: at 720p 90 MB of them, not 505 GB, and on CPUs what stays in the cache
@@ -51,12 +52,12 @@ class MLP(nnx.Module):
         self.down = weight(config, "DF")
 
     def __call__(self, x_BQD: jax.Array) -> jax.Array:
-        hidden_BQF = jnp.einsum("BQD,FD->BQF", x_BQD, self.up[...])
+        hidden_BQF = product("BQD,FD->BQF", x_BQD, self.up)
         if self.gate is None:
             hidden_BQF = jnp.square(jax.nn.relu(hidden_BQF))
         else:
-            hidden_BQF = jax.nn.silu(jnp.einsum("BQD,FD->BQF", x_BQD, self.gate[...])) * hidden_BQF
-        return jnp.einsum("BQF,DF->BQD", hidden_BQF, self.down[...])
+            hidden_BQF = jax.nn.silu(product("BQD,FD->BQF", x_BQD, self.gate)) * hidden_BQF
+        return product("BQF,DF->BQD", hidden_BQF, self.down)
 
 
 class TimestepEmbedding(nnx.Module):
@@ -74,8 +75,8 @@ class TimestepEmbedding(nnx.Module):
         frequency_E = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
         angle_E = timestep.astype(jnp.float32) * self.scale * frequency_E
         wave_E = jnp.concatenate([jnp.cos(angle_E), jnp.sin(angle_E)])
-        product = functools.partial(jnp.matmul, precision="highest")  # else GPUs round float32 to TF32, 10 bits
-        return product(self.w_out[...], jax.nn.silu(product(self.w_in[...], wave_E) + self.b_in[...])) + self.b_out[...]
+        times = functools.partial(jnp.matmul, precision="highest")  # else GPUs round float32 to TF32, 10 bits
+        return times(self.w_out[...], jax.nn.silu(times(self.w_in[...], wave_E) + self.b_in[...])) + self.b_out[...]
 
 
 def rotate(x_BQNH: jax.Array, rotary: Rotary) -> jax.Array:

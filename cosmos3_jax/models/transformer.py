@@ -16,6 +16,7 @@ from cosmos3_jax.axes import constrain
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.latents import Latents
 from cosmos3_jax.models.layers import MLP, RMSNorm, Rotary, TimestepEmbedding, attention, rotate
+from cosmos3_jax.quantization import product
 from cosmos3_jax.weights import stack, vector, weight
 
 
@@ -42,8 +43,8 @@ class KeysValues(nnx.Module):
     def __call__(self, x_BSD: jax.Array, rotary: Rotary):
         """(normed input, k, v, k for the gen tower), keys rotated."""
         normed_BSD = self.norm(x_BSD)
-        k_BSKH = jnp.einsum("BSD,KHD->BSKH", normed_BSD, self.k[...])
-        v_BSKH = jnp.einsum("BSD,KHD->BSKH", normed_BSD, self.v[...])
+        k_BSKH = product("BSD,KHD->BSKH", normed_BSD, self.k)
+        v_BSKH = product("BSD,KHD->BSKH", normed_BSD, self.v)
         if self.k_norm is not None:
             k_BSKH = self.k_norm(k_BSKH)
         k_gen_BSKH = k_BSKH if self.k_norm_for_gen is None else self.k_norm_for_gen(k_BSKH)
@@ -64,12 +65,12 @@ class UndLayer(nnx.Module):
     def __call__(self, x_BSD: jax.Array, rotary: Rotary):
         """(output, (k, v) for the gen tower)."""
         normed_BSD, k_BSKH, v_BSKH, k_gen_BSKH = self.keys_values(x_BSD, rotary)
-        q_BSNH = jnp.einsum("BSD,NHD->BSNH", normed_BSD, self.q[...])
+        q_BSNH = product("BSD,NHD->BSNH", normed_BSD, self.q)
         if self.q_norm is not None:
             q_BSNH = self.q_norm(q_BSNH)
         full_B = jnp.full(x_BSD.shape[0], x_BSD.shape[1], jnp.int32)  # the padding is on the right: causal hides it
         mixed_BSNH = attention(rotate(q_BSNH, rotary), k_BSKH, v_BSKH, full_B, causal=True)
-        x_BSD = constrain(x_BSD + jnp.einsum("BSNH,DNH->BSD", mixed_BSNH, self.o[...]), "BSD")
+        x_BSD = constrain(x_BSD + product("BSNH,DNH->BSD", mixed_BSNH, self.o), "BSD")
         x_BSD = constrain(x_BSD + self.mlp(self.mlp_norm(x_BSD)), "BSD")
         return x_BSD, (k_gen_BSKH, v_BSKH)
 
@@ -114,14 +115,14 @@ class GenLayer(nnx.Module):
     def __call__(self, x_BGD: jax.Array, rotary: Rotary, prefix: Prefix) -> jax.Array:
         """`prefix` is this layer's."""
         normed_BGD = self.norm(x_BGD)
-        q_BGNH = rotate(self.q_norm(jnp.einsum("BGD,NHD->BGNH", normed_BGD, self.q[...])), rotary)
-        k_BGKH = rotate(self.k_norm(jnp.einsum("BGD,KHD->BGKH", normed_BGD, self.k[...])), rotary)
-        v_BGKH = jnp.einsum("BGD,KHD->BGKH", normed_BGD, self.v[...])
+        q_BGNH = rotate(self.q_norm(product("BGD,NHD->BGNH", normed_BGD, self.q)), rotary)
+        k_BGKH = rotate(self.k_norm(product("BGD,KHD->BGKH", normed_BGD, self.k)), rotary)
+        v_BGKH = product("BGD,KHD->BGKH", normed_BGD, self.v)
         # Keys are already rotated, so their order is free: text last makes its padding the tail, and a length the mask.
         k_BMKH = jnp.concatenate([k_BGKH, prefix.k], axis=1)
         v_BMKH = jnp.concatenate([v_BGKH, prefix.v], axis=1)
         mixed_BGNH = attention(q_BGNH, k_BMKH, v_BMKH, x_BGD.shape[1] + prefix.length_B)
-        x_BGD = constrain(x_BGD + jnp.einsum("BGNH,DNH->BGD", mixed_BGNH, self.o[...]), "BGD")
+        x_BGD = constrain(x_BGD + product("BGNH,DNH->BGD", mixed_BGNH, self.o), "BGD")
         return constrain(x_BGD + self.mlp(self.mlp_norm(x_BGD)), "BGD")
 
 
