@@ -16,6 +16,7 @@ Pixels and latents use lower-case t h w c (frames, rows, columns, channels), sou
 and columns are divided while a video is decoded, by the same devices in another arrangement (`picture_mesh`).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -120,3 +121,12 @@ def constrain(x: jax.Array, dims: str) -> jax.Array:
     """`x`, divided by its letters over the current mesh (`""`: whole everywhere); `x` itself outside a mesh."""
     mesh = current_mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(dims, mesh))
+
+
+def agreed(x: jax.Array) -> jax.Array:
+    """The largest of what the devices of the current mesh have for `x`, for all: a decision on it is the same everywhere."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    largest = functools.partial(jax.lax.pmax, axis_name=mesh.axis_names)
+    return jax.shard_map(largest, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)(x)

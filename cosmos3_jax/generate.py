@@ -84,9 +84,16 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     if arguments.checkpoint is None:
         _say("no --checkpoint: this is the built-in one. It is tiny and its weights are random, so expect coloured noise.")
+    if arguments.no_compilation_cache:
+        jax.config.update("jax_enable_compilation_cache", False)
     start = time.perf_counter()
     pipe = Cosmos3Pipeline.from_pretrained(
-        path, mesh=mesh, dtype=arguments.dtype, text_tower=arguments.text_tower, sound=bool(request.enable_sound)
+        path,
+        mesh=mesh,
+        dtype=arguments.dtype,
+        text_tower=arguments.text_tower,
+        quantize=arguments.quantize,
+        sound=bool(request.enable_sound),
     )
     load = time.perf_counter() - start
     settings = {
@@ -94,6 +101,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         "dtype": pipe.dtype,
         "mesh": _mesh_in_words(arguments),
         "text_tower": pipe.residence.text_tower,
+        **({"quantize": arguments.quantize} if arguments.quantize else {}),
         **_settings(request, checkpoint.scheduler),
     }
     for name, value in (settings | {"text_tower": pipe.residence}).items():
@@ -107,7 +115,12 @@ def _generate(arguments: argparse.Namespace) -> None:
     seconds = {**result.seconds, "load": round(load + result.seconds["load"], 3), "write": round(write, 3)}
     for stage, value in seconds.items():
         _say(f"{stage:>20}  {value:.2f} s")
-    written = {"out": str(out)} | ({} if wave is None else {"save_sound": str(wave)})
+    written: dict[str, object] = {"out": str(out)}
+    if wave is not None:
+        written["save_sound"] = str(wave)
+    if request.step_cache:
+        written["computed_steps"] = result.computed_steps
+        _say(f"{'computed steps':>20}  {result.computed_steps} of {request.num_inference_steps}")
     _say(json.dumps({**written, "seconds": seconds, "version": __version__, **settings}))
 
 
@@ -126,7 +139,7 @@ def _dry_run(arguments: argparse.Namespace) -> None:
     if checkpoint is not None and (checkpoint.folder / "text_tokenizer").is_dir():
         tokenizer = load_tokenizer(checkpoint.folder / "text_tokenizer", transformer.vocab_size)
         text_tokens = token_ids(request, checkpoint, tokenizer, arguments.cfg)[0].shape[1]
-    job = Job(transformer, vae, request, arguments.dtype or "bfloat16", text_tokens, sound_tokenizer)
+    job = Job(transformer, vae, request, arguments.dtype or "bfloat16", text_tokens, sound_tokenizer, arguments.quantize)
     tables, answer = dry_run(job, arguments.cfg, arguments.tp)
     print(tables)
     print(json.dumps(answer))
@@ -167,8 +180,9 @@ def _settings(request: ResolvedRequest, scheduler: SchedulerConfig) -> dict[str,
             settings[field.name] = value
     if request.sigmas == "karras" or scheduler.distilled_sigmas:  # where it has no effect
         del settings["flow_shift"]
-    if not request.enable_sound:
-        del settings["enable_sound"]
+    for name in ("enable_sound", "step_cache"):
+        if not settings[name]:
+            del settings[name]
     if request.video is None:
         del settings["condition_frame_indexes_vision"], settings["condition_video_keep"]
     return settings
@@ -210,10 +224,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--save-sound", metavar="FILE", help="the sound in a file of its own, too: .wav")
     add("--prompt-style", choices=("native", "diffusers"), help="what is added to the prompt (native)")
     add("--steps-per-call", metavar="N", type=int, help="steps in one program (1)")
+    add("--step-cache", metavar="X", type=float, help="steps reuse a velocity while the latents move less than X (0: none)")
     add("--cfg", type=int, default=1, help="2: the branches of guidance on two halves of the devices (1)")
     add("--tp", metavar="N", type=int, default=1, help="devices that share the heads (1)")
     add("--dtype", choices=DTYPES, help="of weights and activations (bfloat16 on GPUs, else float32)")
     add("--text-tower", choices=TEXT_TOWER, default="auto", help="after a prompt: kept, parked on the host, or dropped (auto)")
+    add(
+        "--quantize",
+        choices=("fp8",),
+        help="the generating tower's matrices in FP8: less memory, faster from Hopper on, not exact",
+    )
+    add("--no-compilation-cache", action="store_true", help="compile anew, and keep nothing for the next run")
     add("--coordinator", metavar="HOST:PORT", help="of process 0, where several processes meet (not needed under SLURM)")
     add("--num-processes", metavar="N", type=int, help="how many run this command")
     add("--process-id", metavar="I", type=int, help="which of them this is, from 0")

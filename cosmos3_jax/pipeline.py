@@ -23,13 +23,14 @@ from tqdm import tqdm
 
 from cosmos3_jax import media, positions, sampler
 from cosmos3_jax.axes import make_mesh, picture_mesh, place
-from cosmos3_jax.checkpoint import Checkpoint
+from cosmos3_jax.checkpoint import Checkpoint, load
+from cosmos3_jax.compilation_cache import use_compilation_cache
 from cosmos3_jax.config import InputError, VAEConfig
 from cosmos3_jax.latents import Latents
 from cosmos3_jax.models.layers import Rotary
 from cosmos3_jax.models.transformer import Prefix
 from cosmos3_jax.models.vae import uint8, unit
-from cosmos3_jax.networks import TEXT_TOWER, Residence, abstract_networks
+from cosmos3_jax.networks import QUANTIZE, TEXT_TOWER, Residence, abstract_networks
 from cosmos3_jax.processes import agree, is_first
 from cosmos3_jax.prompt import load_tokenizer, pad, system_prompt, texts, tokenize
 from cosmos3_jax.request import Request, ResolvedRequest, resolve
@@ -90,6 +91,7 @@ class Cosmos3Pipeline:
         mesh: Mesh | None = None,
         dtype: str | None = None,
         text_tower: str = "auto",
+        quantize: str | None = None,
         sound: bool = True,
         progress: bool = True,
     ) -> Self:
@@ -98,7 +100,9 @@ class Cosmos3Pipeline:
         `dtype` of weights and activations is "bfloat16" or "float32"; by default the former on GPUs, the latter elsewhere.
         `text_tower` is what becomes of the text tower after a prompt: "keep", "host" (waits in host memory) or "drop" (read
         again for the next one); "auto" keeps it unless memory is short (networks.py). Only what is kept is loaded now, and
-        the sound decoder at the first sound; without `sound` it is not even downloaded.
+        the sound decoder at the first sound; without `sound` it is not even downloaded. `quantize="fp8"` halves the memory of
+        the generating tower's matrices, and is not exact (quantization.py). What is compiled from now on is kept for the next
+        process (compilation_cache.py).
         Raises InputError for a folder, a mesh or tensors that do not fit, before any weight is read.
         """
         checkpoint = Checkpoint.open(path, weights=False, sound=sound)
@@ -111,12 +115,16 @@ class Cosmos3Pipeline:
             raise InputError(f"dtype={dtype!r}: one of {', '.join(DTYPES)} is expected")
         if text_tower not in TEXT_TOWER:
             raise InputError(f"text_tower={text_tower!r}: one of {', '.join(TEXT_TOWER)} is expected")
+        if quantize not in QUANTIZE:
+            raise InputError(f'quantize={quantize!r}: None or "fp8" is expected')
         checkpoint.transformer.check_tensor_parallel(mesh.shape["tp"])
         sound = checkpoint.sound is not None and checkpoint.transformer.sound_gen
         checkpoint = Checkpoint.open(path, sound=sound)  # the weights are downloaded now that nothing else is wrong
         tokenizer = load_tokenizer(checkpoint.folder / "text_tokenizer", checkpoint.transformer.vocab_size)
+        use_compilation_cache()
         networks = abstract_networks(checkpoint.transformer, checkpoint.vae, mesh, dtype, checkpoint.sound)
-        residence = Residence(checkpoint.audited(networks.by_name()), networks, mesh, text_tower)
+        fill = functools.partial(load, checkpoint.audited(networks.by_name()))
+        residence = Residence(fill, networks, mesh, text_tower, quantize=quantize)
         if residence.text_tower == "keep":
             for part in ("und", "gen", "vae"):
                 residence.bring(part, progress=progress)
@@ -146,6 +154,7 @@ class Cosmos3Pipeline:
         prompt_style: str = "native",
         output_type: str = "np",
         steps_per_call: int = 1,
+        step_cache: float = 0.0,
         callback_on_step_end: Callable[[int, float, jax.Array], Any] | None = None,
         progress: bool = True,
     ) -> Result:
@@ -181,18 +190,19 @@ class Cosmos3Pipeline:
             start = place(self.mesh, jax.tree.map(lambda draws: draws[0], noise))
             on_step = callback_on_step_end and _public_callback(callback_on_step_end, steps, self.mesh)
 
-            def denoise(gen: Network) -> Latents:
+            def denoise(gen: Network) -> sampler.State:
                 with _progress_bar(request, progress) as on_progress:
                     inputs, per_call = (gen, generated, prefix), request.steps_per_call
                     return sampler.denoise(
                         velocity, inputs, start, given, steps, steps_per_call=per_call, on_step=on_step, on_progress=on_progress
                     )
 
-            latents = stage("denoise", "gen", denoise)
-            prefix = None  # room for the decoder
+            state = stage("denoise", "gen", denoise)
+            latents, prefix = state.sample, None  # room for the decoder
             video = self._decode(latents.video, request.output_type, stage)
             sound, sample_rate = self._decode_sound(latents.sound, request.output_type, stage)
-        return Result(video, float(request.fps), seconds, sound, sample_rate)
+        computed = len(steps) if state.memory is None else int(state.memory.computed)
+        return Result(video, float(request.fps), seconds, sound, sample_rate, computed)
 
     def _stage(self, seconds: dict[str, float], progress: bool, name: str, part: str, run: Callable[[Network], Any]) -> Any:
         """What `run` makes of a network, which is on the devices for as long as that takes."""
@@ -260,7 +270,8 @@ class Cosmos3Pipeline:
             return sampler.distilled_steps(np.array(scheduler.distilled_sigmas), fresh, scheduler.num_train_timesteps)
         sigma = sampler.sigma_grid(request.sigmas, request.num_inference_steps, request.flow_shift, scheduler)
         guidance_scale = request.guidance_scale if request.guided else 1.0
-        return sampler.unipc_steps(sigma, guidance_scale, scheduler.num_train_timesteps)
+        steps = sampler.unipc_steps(sigma, guidance_scale, scheduler.num_train_timesteps)
+        return sampler.with_reuse(steps, request.step_cache) if request.step_cache else steps
 
     def _decode(self, latents_thwc: jax.Array, output_type: str, stage: Stage) -> Any:
         if output_type == "latent":

@@ -43,6 +43,7 @@ class Request:
     prompt_style: Literal["native", "diffusers"] = "native"  # prompt.py
     output_type: Literal["np", "pil", "latent"] = "np"
     steps_per_call: int = 1  # denoising steps in one program
+    step_cache: float = 0.0  # steps before which the latents moved less than this reuse a velocity (0.05); 0: none does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,8 @@ def _check_distilled(request: Request, scheduler: SchedulerConfig) -> dict[str, 
     for name, value in fixed.items():
         if getattr(request, name) not in (None, value):
             raise InputError(f"{name}={getattr(request, name)}: this checkpoint is distilled for {value}; leave it out")
+    if request.step_cache:
+        raise InputError(f"step_cache={request.step_cache}: of a distilled checkpoint's few steps each counts; leave it out")
     if request.sigmas != "native" or request.flow_shift is not None:
         what = f"sigmas={request.sigmas!r}" if request.sigmas != "native" else f"flow_shift={request.flow_shift}"
         raise InputError(f"{what}: this checkpoint is distilled for noise levels of its own; leave it out")
@@ -131,10 +134,15 @@ def _check_types(request: Request) -> None:
             raise InputError(f"{name}={value!r}: a whole number of at least {least} is expected")
     if request.seed >= 2**32:
         raise InputError(f"seed={request.seed}: it must be below 2^32 = {2**32}")
-    ranges: dict[str, tuple[float, float]] = {"fps": (0.1, 1000), "flow_shift": (0.01, 1000), "guidance_scale": (-1000, 1000)}
+    ranges: dict[str, tuple[float, float]] = {
+        "fps": (0.1, 1000),
+        "flow_shift": (0.01, 1000),
+        "guidance_scale": (-1000, 1000),
+        "step_cache": (0, 1),
+    }
     for name, (low, high) in ranges.items():
         value = getattr(request, name)
-        if not _is_within(value, low, high) and not (value is None and name != "fps"):
+        if not _is_within(value, low, high) and not (value is None and name not in ("fps", "step_cache")):
             raise InputError(f"{name}={value!r}: a number from {low} to {high} is expected")
     if not isinstance(request.enable_sound, bool | np.bool_):
         raise InputError(f"enable_sound={request.enable_sound!r}: True or False is expected")

@@ -20,6 +20,7 @@ class Result:
     seconds: dict[str, float]  # by stage
     sound: np.ndarray | None = None  # float32 [channels, samples] in [-1, 1], or with latents float32 [sound_dim, latents]
     sample_rate: int | None = None  # of the waveform, in Hz
+    computed_steps: int | None = None  # denoising steps that computed their velocity; fewer than all with a step cache
 
     def save(self, path: str | Path) -> None:
         """Writes an .mp4 with its sound; a .png, .jpg or .webp of a single frame; or a .wav of the sound alone.

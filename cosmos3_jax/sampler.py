@@ -17,7 +17,7 @@ import numpy as np
 from flax import struct
 from jax.flatten_util import ravel_pytree
 
-from cosmos3_jax.axes import constrain
+from cosmos3_jax.axes import agreed, constrain
 from cosmos3_jax.config import SchedulerConfig
 from cosmos3_jax.latents import Latents
 
@@ -57,6 +57,7 @@ class Steps:
     corrector: Table  # [n, 5] of (sample, last corrected sample, prediction, the one before, the one before that)
     predictor: Table  # [n, 3] of (corrected sample, prediction, the one before)
     fresh: Table = None  # Latents with [n] in front: noise to add to the next sample, in a distilled checkpoint's steps
+    reuse: Table = None  # [n] how little the sample must have moved for the last velocity to serve again; 0: never
 
     def __len__(self) -> int:
         return len(self.timestep)
@@ -82,6 +83,17 @@ def unipc_steps(sigma: np.ndarray, guidance_scale: float = 1.0, num_train_timest
             corrector[i, 1:] = _correct(sigma[i - 1 : i + 1], alpha[i], log_snr[max(i - 2, 0) : i + 1], order[i - 1])
     columns = sigma[:-1], np.full(count, guidance_scale), corrector, predictor
     return Steps(timestep, *(column.astype(np.float32) for column in columns))
+
+
+def with_reuse(steps: Steps, threshold: float) -> Steps:
+    """`steps` that may take the velocity of an earlier one: all but the first two and the last, which end what is built on.
+
+    While the sample moved by less than `threshold`, relative to its mean magnitude, since that velocity was computed. As
+    TeaCache (Liu et al. 2024, arXiv:2411.19108), on the latents instead of the network's first activations.
+    """
+    reuse = np.full(len(steps), threshold, np.float32)
+    reuse[[*range(min(2, len(steps))), -1]] = 0
+    return dataclasses.replace(steps, reuse=reuse)
 
 
 def distilled_steps(sigma: np.ndarray, noise: Latents, num_train_timesteps: int = 1000) -> Steps:
@@ -145,6 +157,15 @@ class Given:
 
 
 @struct.dataclass
+class Memory:
+    """What a step that computes nothing falls back on."""
+
+    sample: Latents  # that the last velocity was computed of
+    velocity: Latents  # with guidance
+    computed: jax.Array  # how many steps computed one so far
+
+
+@struct.dataclass
 class State:
     """The sampler between two steps, all float32."""
 
@@ -152,6 +173,7 @@ class State:
     corrected: Latents  # the last corrected sample
     prediction: Latents  # the last predicted clean latents, and those before
     prediction_before: Latents
+    memory: Memory | None = None  # there if steps may reuse a velocity
 
 
 def meet(velocity: Latents) -> jax.Array:
@@ -181,21 +203,53 @@ def advance(state: State, step: Steps, velocity: Latents, given: Given) -> State
     sample = combine(step.predictor, corrected, prediction, state.prediction)
     if step.fresh is not None:
         sample = combine((1, 1), sample, step.fresh)
-    return State(given.write(sample), corrected, prediction, state.prediction)
+    return State(given.write(sample), corrected, prediction, state.prediction, state.memory)
+
+
+def moved(x: Latents, since: Latents) -> jax.Array:
+    """How far the mean value of `x` is from what it was, relative to its magnitude; the same on every device."""
+
+    def size(tree: Latents) -> jax.Array:
+        return jnp.sum(jnp.abs(ravel_pytree(tree)[0]))
+
+    return agreed(size(combine((1, -1), x, since)) / size(since))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def run_steps(velocity: Velocity, inputs: Any, state: State, steps: Steps, given: Given) -> tuple[State, jax.Array]:
     """The state after `steps`, and a scalar that is ready when the state is (the state itself is donated onwards)."""
 
-    def body(state: State, step: Steps) -> tuple[State, None]:
+    def computed(state: State, step: Steps) -> Latents:
         velocity_B = meet(velocity(inputs, state.sample, step.timestep, given.is_given_t))
         _, as_latents = ravel_pytree(state.sample)
-        return advance(state, step, as_latents(guide(velocity_B, step.guidance_scale)), given), None
+        return as_latents(guide(velocity_B, step.guidance_scale))
+
+    def remembered(state: State, step: Steps) -> Memory:
+        memory = state.memory
+        assert memory is not None
+
+        def compute() -> Memory:
+            return Memory(state.sample, computed(state, step), memory.computed + 1)
+
+        return jax.lax.cond(moved(state.sample, memory.sample) < step.reuse, lambda: memory, compute)
+
+    def body(state: State, step: Steps) -> tuple[State, None]:
+        if step.reuse is None:
+            return advance(state, step, computed(state, step), given), None
+        memory = remembered(state, step)
+        return advance(dataclasses.replace(state, memory=memory), step, memory.velocity, given), None
 
     state, _ = jax.lax.scan(body, state, steps)
     state = jax.tree.map(lambda x: constrain(x, ""), state)  # placed as it came, so that no step compiles again
     return state, state.sample.video[0, 0, 0, 0]
+
+
+@functools.partial(jax.jit, static_argnames="reuse")
+def begin(noise: Latents, given: Given, *, reuse: bool) -> State:
+    """The state before the first step, placed as a step leaves it."""
+    nothing = jax.tree.map(jnp.zeros_like, noise)
+    memory = Memory(noise, nothing, jnp.int32(0)) if reuse else None
+    return jax.tree.map(lambda x: constrain(x, ""), State(given.write(noise), nothing, nothing, nothing, memory))
 
 
 OnStep = Callable[[int, jax.Array], jax.Array | bool | None]
@@ -212,16 +266,14 @@ def denoise(
     steps_per_call: int = 1,
     on_step: OnStep | None = None,
     on_progress: Callable[[int], object] = lambda done: None,
-) -> Latents:
-    """The latents after all `steps`, float32.
+) -> State:
+    """The state after all `steps`; its sample is the result.
 
     `velocity` must be the same (hashable) function in every call, for its compiled program to be found again; `inputs` is
     whatever it needs. `steps_per_call` steps run in one program; `on_step` is called after each such call, `on_progress` with
     the number of steps done, a call late, so that the device always has work.
     """
-    nothing = [jax.tree.map(jnp.zeros_like, noise) for _ in range(3)]  # each is donated, so no two are one
-    state = State(given.write(noise), *nothing)
-    done, running = 0, None
+    state, done, running = begin(noise, given, reuse=steps.reuse is not None), 0, None
     while done < len(steps):
         rows = steps[done : done + steps_per_call]
         state, ready = run_steps(velocity, inputs, state, rows, given)
@@ -237,4 +289,4 @@ def denoise(
             state = dataclasses.replace(state, sample=given.write(sample))
     jax.block_until_ready(state)
     on_progress(done)
-    return state.sample
+    return state

@@ -12,6 +12,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from metrics import random
 
+from cosmos3_jax import sampler
 from cosmos3_jax.axes import make_mesh, place, sharding
 from cosmos3_jax.config import SchedulerConfig
 from cosmos3_jax.cost import collectives
@@ -22,7 +23,6 @@ from cosmos3_jax.sampler import (
     State,
     Steps,
     advance,
-    denoise,
     distilled_steps,
     guide,
     meet,
@@ -63,6 +63,11 @@ def curved(inputs, x, timestep, is_given_t):
 def straight(inputs, x, timestep, is_given_t):
     """The velocity of the straight way from clean latents to noise, one branch."""
     return each(lambda x: x[None], inputs)
+
+
+def denoise(*arguments, **settings) -> Latents:
+    """The latents at the end."""
+    return sampler.denoise(*arguments, **settings).sample
 
 
 def run(count: int, noise: Latents = NOISE, given: Given = NOTHING_GIVEN, **settings) -> Latents:
