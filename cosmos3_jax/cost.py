@@ -11,10 +11,10 @@ KINDS = ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
-    """An operation in which devices talk to each other."""
+class Operation:
+    """An operation of a compiled program."""
 
-    kind: str  # one of KINDS
+    kind: str  # "fusion", "copy", "while", or one of KINDS, in which devices talk to each other
     shape: str  # of its result on one device, as HLO writes it: "f32[2,48,45,80,48]"
     count: int  # times that one run of the program performs it
     computation: str  # where it stands in the program: a loop's body, or the entry
@@ -25,11 +25,11 @@ class Collective:
         return self.count * sum(_nbytes(dtype, sizes) for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", self.shape))
 
 
-def collectives(hlo: str) -> list[Collective]:
-    """The collectives of a compiled program (`compiled.as_text()`), those in loops counted as often as the loop runs.
+def operations(hlo: str) -> list[Operation]:
+    """The operations of a compiled program (`compiled.as_text()`), those in loops counted as often as the loop runs.
 
-    Of programs compiled for CPUs: GPUs write pairs of start and done. Of a loop whose length XLA does not know, one run is
-    counted; of branches (`lax.cond`), each.
+    Of programs compiled for CPUs: GPUs write collectives as pairs of start and done. Of a loop whose length XLA does not know,
+    one run is counted; of branches (`lax.cond`), each.
     """
     bodies = dict(_computations(hlo))
     runs = Counter({name: 1 for name in bodies if name.startswith("ENTRY")})
@@ -37,14 +37,19 @@ def collectives(hlo: str) -> list[Collective]:
     for name, lines in reversed(bodies.items()):  # callers stand below what they call
         for line in lines:
             trips = int(match[1]) if (match := re.search(r'"known_trip_count":\{"n":"(\d+)"', line)) else 1
-            for callee in re.findall(r"(?:body|calls|to_apply|(?:true|false)_computation)=%?([\w.-]+)", line):
-                runs[callee] += runs[name] * trips
+            callees = re.findall(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)", line)
             if match := re.search(r"branch_computations=\{(.*?)\}", line):
-                for callee in re.findall(r"[\w.-]+", match[1]):
-                    runs[callee] += runs[name]
-            if match := re.search(rf" = (\(?.*?\)?) ({'|'.join(KINDS)})\(", line):
-                found.append(Collective(match[2], re.sub(r"\{[\d,]*\}", "", match[1]), runs[name], name.removeprefix("ENTRY ")))
+                callees += re.findall(r"[\w.-]+", match[1])
+            for callee in callees:
+                runs[callee] += runs[name] * trips
+            if match := re.search(r" = (\(.*?\)|\S+) ([\w-]+)\(", line):
+                found.append(Operation(match[2], re.sub(r"\{[\d,]*\}", "", match[1]), runs[name], name.removeprefix("ENTRY ")))
     return found
+
+
+def collectives(hlo: str) -> list[Operation]:
+    """Those of the `operations` in which devices talk to each other."""
+    return [operation for operation in operations(hlo) if operation.kind in KINDS]
 
 
 def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:

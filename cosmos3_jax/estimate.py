@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from cosmos3_jax import sampler
 from cosmos3_jax.axes import make_mesh, picture_mesh, sharding
 from cosmos3_jax.config import InputError, SoundConfig, TransformerConfig, VAEConfig
-from cosmos3_jax.cost import Collective, collectives, flops
+from cosmos3_jax.cost import Operation, collectives, flops
 from cosmos3_jax.gpus import GPU
 from cosmos3_jax.latents import Latents
 from cosmos3_jax.models.layers import Rotary
@@ -62,7 +62,7 @@ class Stage:
     inputs: int
     results: int
     scratch: int
-    collectives: tuple[Collective, ...]
+    collectives: tuple[Operation, ...]
 
     @property
     def sent(self) -> int:

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from cosmos3_jax.axes import make_mesh
-from cosmos3_jax.cost import Collective, collectives, flops
+from cosmos3_jax.cost import Operation, collectives, flops
 from cosmos3_jax.latents import Latents
 from cosmos3_jax.models.layers import SCORE_ROWS, Rotary
 from cosmos3_jax.models.transformer import Prefix
@@ -29,7 +29,7 @@ def divided(*sizes: int, by: P = WHOLE, dtype=jnp.float32) -> jax.ShapeDtypeStru
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=jax.NamedSharding(MESH, by))
 
 
-def read(function, *arguments, result: P = WHOLE) -> list[Collective]:
+def read(function, *arguments, result: P = WHOLE) -> list[Operation]:
     """The collectives of `function`, compiled for eight devices, its result placed as `result`."""
     program = jax.jit(function, out_shardings=jax.NamedSharding(MESH, result))
     return collectives(program.lower(*arguments).compile().as_text())
@@ -138,7 +138,7 @@ def test_bytes_of_each_dtype(dtype, size):
     ],
 )
 def test_bytes_of_shapes_that_cpus_do_not_send(shape, nbytes):
-    assert Collective("all-gather", shape, 3, "main").nbytes == 3 * nbytes
+    assert Operation("all-gather", shape, 3, "main").nbytes == 3 * nbytes
 
 
 # FLOPs

@@ -28,7 +28,7 @@ from cosmos3_jax.config import (
     TransformerConfig,
     VAEConfig,
 )
-from cosmos3_jax.cost import Collective
+from cosmos3_jax.cost import Operation
 from cosmos3_jax.estimate import STAND_IN, Estimate, Job, Stage, estimate, virtual_devices
 from cosmos3_jax.gpus import GPU, GPUS
 from cosmos3_jax.models.sound import WINDOW, SoundDecoder
@@ -419,7 +419,7 @@ def test_all_seconds():
 
 def test_link_seconds():
     # An all-reduce is sent twice, in parts: 10 steps of 2 x 4 MB + 1 MB, at 1 GB/s.
-    sent = Collective("all-reduce", "bf16[1024,1024]", 2, "body"), Collective("all-gather", "pred[1048576]", 1, "main")
+    sent = Operation("all-reduce", "bf16[1024,1024]", 2, "body"), Operation("all-gather", "pred[1048576]", 1, "main")
     step = dataclasses.replace(STEP, collectives=sent)
     assert step.sent == 10 * (2 * 4 + 1) * MEGABYTES
     assert dataclasses.replace(MADE, stages=(PREFILL, step)).link_seconds(SLOW) == pytest.approx(step.sent / 1e9)
@@ -427,8 +427,8 @@ def test_link_seconds():
 
 
 def test_collected():
-    sent = [Collective("all-reduce", "f32[2]", 3, "body"), Collective("all-reduce", "f32[5]", 1, "main")]
-    step = dataclasses.replace(STEP, collectives=(*sent, Collective("all-gather", "f32[7]", 1, "main")))
+    sent = [Operation("all-reduce", "f32[2]", 3, "body"), Operation("all-reduce", "f32[5]", 1, "main")]
+    step = dataclasses.replace(STEP, collectives=(*sent, Operation("all-gather", "f32[7]", 1, "main")))
     assert step.collected("all-reduce") == (4, 4 * (3 * 2 + 5))
     assert step.collected("all-to-all") == (0, 0)
 

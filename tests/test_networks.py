@@ -362,7 +362,7 @@ def test_sizes_are_those_of_one_device():
 
 @pytest.mark.parametrize("text_tower", ["", "Keep", "gpu", "auto ", None, True, 0, ["keep"]], ids=repr)
 def test_another_word_is_refused_before_anything_is_read(text_tower, opened, monkeypatch):
-    monkeypatch.setattr(networks, "load", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr(pipeline, "load", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(InputError, match=r"^text_tower=.*: one of auto, keep, host, drop is expected$"):
         opened(text_tower)
 
