@@ -8,6 +8,7 @@ medians, below 1 where we are faster. The latents of the two must agree, or noth
 """
 
 import argparse
+import functools
 import os
 import time
 from typing import TYPE_CHECKING, Any
@@ -55,15 +56,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     shape = 1, vae.z_dim, *vae.latent_shape(request.num_frames, request.height, request.width)
     noise = np.random.RandomState(0).standard_normal(shape).astype(np.float32)
     theirs = diffusers_pipeline.diffusers_pipeline(ours)
-    timed: dict[str, list[dict[str, float]]] = {"ours": [], "diffusers": []}
-    for _ in range(1 + arguments.runs):
-        for side, run, pipe in (("ours", run_ours, ours), ("diffusers", diffusers_pipeline.run, theirs)):
-            seconds, latents = run(pipe, request, noise)
-            timed[side].append({**seconds, "latents": latents})
+    one = functools.partial(run_ours, ours, request, noise)
+    other = functools.partial(diffusers_pipeline.run, theirs, request, noise)
+    turns = [(one(), other()) for _ in range(1 + arguments.runs)]
+    timed = {side: [turn[i][0] for turn in turns] for i, side in enumerate(("ours", "diffusers"))}
     sides = {
         side: {stage: record.spread([each[stage] for each in runs[1:]]) for stage in STAGES} for side, runs in timed.items()
     }
-    one, other = (timed[side][-1]["latents"] for side in timed)
+    latents, expected = (made for _, made in turns[-1])
     return {
         "kind": "compare_diffusers",
         "model": arguments.checkpoint or arguments.model,
@@ -73,7 +73,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "first": {side: runs[0]["whole"] for side, runs in timed.items()},
         **sides,
         "ratio": {stage: sides["ours"][stage]["median"] / sides["diffusers"][stage]["median"] for stage in STAGES},
-        "difference": float(np.sqrt(np.mean((one - other) ** 2)) / other.std()),
+        "difference": float(np.sqrt(np.mean((latents - expected) ** 2)) / expected.std()),
     }
 
 

@@ -117,7 +117,7 @@ def load_file(folder: Path, mesh: Any) -> Any:
     from cosmos3_jax.weights import by_path, is_stacked
 
     checkpoint = Checkpoint.open(folder)
-    placement = {}
+    placement: dict[tuple[str, str], tuple[Any, tuple[int, ...]]] = {}
     for part, network in abstract_networks(checkpoint.transformer, checkpoint.vae, mesh, "bfloat16").by_name().items():
         names = names_of(part, network, checkpoint.transformer)
         for path, w in by_path(network.weights).items():

@@ -113,4 +113,4 @@ def random_pipeline(
 def draw(part: str, network: Network, *, progress: bool) -> Network:
     """An abstract network filled with random weights."""
     del part, progress
-    return jax.block_until_ready(network.replace(weights=random_weights(network.weights)))
+    return jax.block_until_ready(Network(network.graph, random_weights(network.weights)))

@@ -43,9 +43,9 @@ def compiling() -> Iterator[dict[str, float]]:
 
     total = {"programs": 0, "from_cache": 0, "seconds": 0.0}
 
-    def on_duration(event: str, seconds: float, **_: Any) -> None:
+    def on_duration(event: str, duration_secs: float, **_: Any) -> None:
         if event.endswith(COMPILING):
-            total["seconds"] += seconds
+            total["seconds"] += duration_secs
             total["programs"] += event.endswith("backend_compile_duration")
 
     def on_event(event: str, **_: Any) -> None:
