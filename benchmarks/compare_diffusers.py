@@ -38,6 +38,8 @@ def main() -> None:
 
     models.add_flags(parser, model="mid")
     arguments = parser.parse_args()
+    if arguments.num_inference_steps == 1:
+        parser.error("--steps 1: the reference's first step cannot be told from what comes before it; take 2 or more")
     measured = measure(arguments)
     print(table(measured))
     if not measured["difference"] < DIFFERENCE[measured["dtype"]]:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from benchmarks import models, record
 from cosmos3_jax import Cosmos3Pipeline, Request
+from cosmos3_jax.checkpoint import BUILT_IN
 from cosmos3_jax.gpus import GPUS
 from cosmos3_jax.pipeline import token_ids
 from cosmos3_jax.request import resolve
@@ -88,7 +89,7 @@ def measure(pipe: Cosmos3Pipeline, request: Request, runs: int) -> dict[str, Any
         "shares": {
             stage: work[part] / stages[stage]["median"] / rate
             for part, stage in {"prefill": "prefill", "step": "denoise", "decode": "decode"}.items()
-            if part in work and stage in stages
+            if part in work and stages.get(stage, {}).get("median")
         },
     }
 
@@ -109,6 +110,8 @@ def flops(pipe: Cosmos3Pipeline, request: Request) -> dict[str, int]:
     tokens = token_ids(resolved, pipe.checkpoint, pipe.tokenizer, pipe.mesh.shape["cfg"])[0].shape[1]
     transformer, vae, *_ = pipe.checkpoint.configs
     model = next((name for name, configs in models.MODELS.items() if configs == (transformer, vae)), None)
+    if model is None and pipe.checkpoint.folder == BUILT_IN:
+        raise ValueError("random weights at sizes that models.MODELS does not have: another process cannot count their FLOPs")
     which = ["--model", model] if model else ["--checkpoint", str(pipe.checkpoint.folder)]
     command = [sys.executable, "-m", "benchmarks.roofline", "--flops", *which, "--text-tokens", str(tokens)]
     for flag, value in {

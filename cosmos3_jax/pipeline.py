@@ -349,7 +349,7 @@ def _public_callback(callback: Callable, steps: sampler.Steps, mesh: Mesh) -> sa
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    seconds[stage] = round(seconds.get(stage, 0) + time.perf_counter() - start, 3)
+    seconds[stage] = round(seconds.get(stage, 0) + time.perf_counter() - start, 4)
 
 
 @contextlib.contextmanager

@@ -7,14 +7,16 @@ function `network.merge()` is the module again. No path and no tensor name of a 
 
 import functools
 import math
+import os
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from cosmos3_jax.axes import sharding
 from cosmos3_jax.config import TransformerConfig
@@ -117,26 +119,29 @@ def split(module: nnx.Module, mesh: Mesh, dtype: Any) -> Network:
 
 
 def random_weights(tree: nnx.State, seed: int = 0) -> nnx.State:
-    """Arrays for an abstract `tree`, drawn on the devices where they will live, in one program, layer by layer."""
+    """Arrays for an abstract `tree`, drawn on the devices where they will live."""
     weights = by_path(tree)
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(weights))  # "rbg": XLA's own generator compiles fastest
 
-    def one(w: Weight, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
-        return (w.mean + w.std * jax.random.normal(key, shape)).astype(w.dtype)
+    def draw(key: jax.Array, w: Weight) -> jax.Array:
+        return _drawing(is_stacked(w), w.shape, w.dtype, w.get_value().sharding)(key, w.mean, w.std)
 
-    def draw(key: jax.Array) -> dict[str, jax.Array]:
-        values = {}
-        for k, (path, w) in zip(jax.random.split(key, len(weights)), weights.items(), strict=True):
-            if is_stacked(w):  # the float32 numbers of all layers would not fit beside them
-                layer = functools.partial(one, w, w.shape[1:])
-                values[path] = jax.lax.map(layer, jax.random.split(k, w.shape[0]))
-            else:
-                values[path] = one(w, w.shape, k)
-        return values
-
-    placement = {path: w.get_value().sharding for path, w in weights.items()}
-    # "rbg": XLA's own generator compiles in a tenth of the time of JAX's default
-    values = jax.jit(draw, out_shardings=placement)(jax.random.key(seed, impl="rbg"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each shape has a program to be compiled
+        values = dict(zip(weights, pool.map(draw, keys, weights.values()), strict=True))
     return map_weights(lambda path, _: values[path], tree)
+
+
+@functools.cache
+def _drawing(stacked: bool, shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Callable[..., jax.Array]:
+    """(key, mean, std) -> a weight: one program for all that are alike."""
+
+    def normal(key: jax.Array, mean: float, std: float, shape: tuple[int, ...] = shape) -> jax.Array:
+        return (mean + std * jax.random.normal(key, shape)).astype(dtype)
+
+    def layers(key: jax.Array, mean: float, std: float) -> jax.Array:  # beside all, their float32 numbers would not fit
+        return jax.lax.map(lambda k: normal(k, mean, std, shape[1:]), jax.random.split(key, shape[0]))
+
+    return jax.jit(layers if stacked else normal, out_shardings=sharding)
 
 
 Index = tuple[slice, ...]
