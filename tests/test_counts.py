@@ -9,6 +9,7 @@ from typing import Any
 import cases
 import jax
 import pytest
+from flax import nnx
 
 from cosmos3_jax import make_mesh
 from cosmos3_jax.cost import operations
@@ -75,14 +76,23 @@ def test_products_of_a_step(cfg, tp):
 
 @pytest.mark.parametrize(("cfg", "tp"), [(1, 1), (1, 2)])
 def test_convolutions_of_a_decode(cfg, tp):
-    # A device alone adds up three taps; where the picture is divided they are one convolution, and one exchange of borders.
+    # A device alone takes three for one frame, four for two, and four for a picture twice as large. Where the picture is
+    # divided each is one convolution, and one exchange of borders.
     counted = primitives(program("decode", cfg, tp).traced.jaxpr)
-    modules = [module for _, module in networks(1, 1).vae.merge().decoder.iter_modules()]
-    causal = sum(isinstance(module, Conv) and module.taps == 3 and module.pad[0] == (1, 1) for module in modules)
-    spatial = sum(isinstance(module, SpatialConv) for module in modules)
-    assert (causal, spatial) == (30, 3)
-    first, later, taps = causal + spatial, 2, 3 if tp == 1 else 1  # two latent frames come after the first
-    assert counted["conv_general_dilated"] == first + later * (taps * causal + spatial)
+    decoder = networks(1, 1).vae.merge().decoder
+    lone = sum(causal(part) for part in (decoder.conv_in, decoder.mid_block, decoder.up_blocks[0]))  # frames at a time
+    paired = causal(decoder) - lone
+    doubled = sum(isinstance(module, SpatialConv) for _, module in decoder.iter_modules())
+    assert (lone, paired, doubled) == (11, 19, 3)
+    first, later = lone + paired, 2  # two latent frames come after the first, which sees no other
+    each, quarters = (3 * lone + 4 * paired, 4) if tp == 1 else (lone + paired, 1)
+    assert counted["conv_general_dilated"] == first + later * each + (1 + later) * quarters * doubled
+
+
+def causal(part: nnx.Module) -> int:
+    """How many 3x3x3 convolutions there are."""
+    modules = [module for _, module in part.iter_modules()]
+    return sum(isinstance(module, Conv) and module.weight.shape[:3] == (3, 3, 3) for module in modules)
 
 
 @pytest.mark.parametrize(("cfg", "tp"), MESHES)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from metrics import errors, random
 
-from cosmos3_jax.models.vae import average_down, fold, repeat_up, side_by_side, stream, summed, uint8, unfold, unit
+from cosmos3_jax.models.vae import average_down, fold, repeat_up, stream, uint8, unfold, unit
 from cosmos3_jax.pipeline import decode, encode
 from cosmos3_jax.weights import Network, Weight, by_path, map_weights
 
@@ -47,15 +47,6 @@ def test_decoder_is_causal(vae):
     assert whole.shape == (9, 32, 48, 3)
     for count in (1, 2):
         np.testing.assert_allclose(decode(vae, latents[:count], unit), whole[: 4 * count - 3], atol=1e-5)
-
-
-@pytest.mark.parametrize(("kernel", "pad"), [((3, 3), ((1, 1), (1, 1))), ((1, 1), ((0, 0), (0, 0)))], ids=["3x3", "1x1"])
-def test_taps_side_by_side_are_taps_summed(kernel, pad):
-    # Which of the two is taken depends on the device, so no platform sees both by itself.
-    windows = [random(2, 5, 6, 8, seed=i) for i in range(3)]
-    weight = random(3, *kernel, 8, 4, seed=3) / 8
-    one, many = (add_up(windows, weight, pad, 1) for add_up in (side_by_side, summed))
-    np.testing.assert_allclose(one, many, atol=2e-6)
 
 
 def test_nan_in_any_weight_reaches_the_output(vae):

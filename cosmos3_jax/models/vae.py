@@ -8,12 +8,10 @@ Decoding is shared by all devices: rows and columns are divided over a mesh ("h"
 rows that a convolution sees. Where they do not divide evenly the picture gets a margin (margin.py); the result is still that
 of one device. Encoding, of one or a few frames, runs whole on every device.
 
-Arrays are channels last, [t, h, w, c]. A causal convolution is made of 2-D ones over its time taps: XLA's 3-D convolution is
-three times as slow on CPUs and changes layouts on GPUs. Module names are those of the published tensors. Reference: diffusers
-0.42.1, models/autoencoders/autoencoder_kl_wan.py.
+Arrays are channels last, [t, h, w, c]. How convolutions are computed is convolution.py's. Module names are those of the
+published tensors. Reference: diffusers 0.42.1, models/autoencoders/autoencoder_kl_wan.py.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cosmos3_jax.axes import constrain, current_mesh
+from cosmos3_jax.axes import constrain
 from cosmos3_jax.config import VAEConfig
+from cosmos3_jax.models.convolution import convolve, convolve_doubled
 from cosmos3_jax.models.margin import NO_MARGIN, margin_of
 from cosmos3_jax.weights import plain
 
@@ -62,53 +61,20 @@ class Conv(Bordered):
 
 
 class SpatialConv(Bordered):
-    """A 3x3 convolution of each frame, stride 1 ("same") or 2 (a zero row and column at the end)."""
+    """A 3x3 convolution of each frame: of half its rows and columns, or of twice as many."""
 
-    def __init__(self, channels: int, stride: int):
-        self.stride, self.pad = stride, ((1, 1), (1, 1)) if stride == 1 else ((0, 1), (0, 1))
+    def __init__(self, channels: int):
         file_shape = (channels, channels, 3, 3)
         self.weight = plain((3, 3, channels, channels), file_shape=file_shape, std=(9 * channels) ** -0.5)
         self.bias = plain((channels,), file_shape=(channels,))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return convolve([self.margin.clear(x)], self.weight[...][None], self.bias[...], self.pad, self.stride)
+    def down(self, x: jax.Array) -> jax.Array:
+        """Every second row and column of the result, a row and a column of zeros after the last."""
+        return convolve([self.margin.clear(x)], self.weight[...][None], self.bias[...], ((0, 1), (0, 1)), 2)
 
-
-def convolve(
-    windows: Sequence[jax.Array], weight: jax.Array, bias: jax.Array, pad: Sequence[tuple[int, int]], stride: int = 1
-) -> jax.Array:
-    """The sum over time taps of 2-D convolutions, each of every frame in its window; weight [tap, height, width, in, out].
-
-    Rounded to the windows' dtype once, after the bias.
-    """
-    # bfloat16 is for GPUs, and results in it depend on the order of every sum: one way for all meshes.
-    exact = windows[0].dtype == jnp.float32 and jax.default_backend() == "cpu"
-    add_up = summed if exact and not _picture_is_divided() else side_by_side
-    y = add_up(windows, weight, pad, stride)
-    return (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(windows[0].dtype)
-
-
-def side_by_side(windows: Sequence[jax.Array], weight: jax.Array, pad: Sequence[tuple[int, int]], stride: int) -> jax.Array:
-    """One convolution, of all taps' channels: rounded once, and borders are fetched once where the picture is divided."""
-    x, kernel = jnp.concatenate(windows, axis=-1), jnp.concatenate(weight, axis=-2)
-    return constrain(_convolve(x, kernel, pad, stride), "thwc")
-
-
-def summed(windows: Sequence[jax.Array], weight: jax.Array, pad: Sequence[tuple[int, int]], stride: int) -> jax.Array:
-    """A convolution for each tap: on CPUs faster by a tenth to a half, for nothing is copied to lie side by side."""
-    each = [_convolve(x, tap, pad, stride) for x, tap in zip(windows, weight, strict=True)]
-    return functools.reduce(jnp.add, each)
-
-
-def _picture_is_divided() -> bool:
-    mesh = current_mesh()
-    return mesh is not None and any(mesh.shape.get(axis, 1) > 1 for axis in ("h", "w"))
-
-
-def _convolve(x: jax.Array, kernel: jax.Array, pad: Sequence[tuple[int, int]], stride: int) -> jax.Array:
-    if kernel.shape[:2] == (1, 1):
-        return x @ kernel[0, 0]
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    def up(self, x: jax.Array) -> jax.Array:
+        """Of each pixel repeated twice in rows and columns."""
+        return convolve_doubled(self.margin.clear(x), self.weight[...], self.bias[...])
 
 
 class Norm(nnx.Module):
@@ -181,11 +147,11 @@ class Downsample(nnx.Module):
     """Half the rows and columns; with `in_time` also half the frames, except that a clip's first frame stays."""
 
     def __init__(self, channels: int, in_time: bool):
-        self.conv = SpatialConv(channels, stride=2)
+        self.conv = SpatialConv(channels)
         self.time_conv = Conv(channels, channels, (3, 1, 1), time_stride=2) if in_time else None
 
     def __call__(self, x: jax.Array, past: Past) -> tuple[jax.Array, Past]:
-        x = self.conv(x)
+        x = self.conv.down(x)
         if self.time_conv is None:
             return x, None
         return (x, x) if past is None else self.time_conv(x, past)
@@ -195,7 +161,7 @@ class Upsample(nnx.Module):
     """Twice the rows and columns; with `in_time` also twice the frames, except that a clip's first frame stays."""
 
     def __init__(self, channels: int, in_time: bool):
-        self.conv = SpatialConv(channels, stride=1)
+        self.conv = SpatialConv(channels)
         self.time_conv = Conv(channels, 2 * channels, (3, 1, 1)) if in_time else None
 
     def __call__(self, x: jax.Array, past: Past) -> tuple[jax.Array, Past]:
@@ -206,7 +172,7 @@ class Upsample(nnx.Module):
                 y, past = self.time_conv(x, past)
                 t, h, w, c = x.shape
                 x = y.reshape(t, h, w, 2, c).transpose(0, 3, 1, 2, 4).reshape(2 * t, h, w, c)
-        return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)), past
+        return self.conv.up(x), past
 
 
 class DownBlock(nnx.Module):

@@ -1,0 +1,110 @@
+"""How the VAE's convolutions are computed: causal ones, of two space axes and three time taps, out of 2-D ones.
+
+XLA's own 3-D convolution is three times as slow on CPUs, and changes layouts on GPUs. Instead:
+
+    winograd       alone on a CPU, where frames come in pairs: four convolutions for each two frames, not six
+    summed         alone on a CPU else: one for each tap
+    side_by_side   on GPUs, and where a picture is divided over devices: one, of all taps' channels
+
+All are exact; they add in other orders. Arrays are channels last, [t, h, w, c].
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from cosmos3_jax.axes import constrain, current_mesh
+
+Pad = Sequence[tuple[int, int]]
+"""Zeros (before, after) the rows and the columns."""
+
+SAME = ((1, 1), (1, 1))
+
+
+def convolve(windows: Sequence[jax.Array], weight: jax.Array, bias: jax.Array, pad: Pad, stride: int = 1) -> jax.Array:
+    """The sum over time taps of 2-D convolutions, each of every frame in its window; weight [tap, height, width, in, out]."""
+    if not _alone_on_cpu(windows[0].dtype):
+        y = side_by_side(windows, weight, pad, stride)
+    elif len(windows) == 3 and len(windows[0]) % 2 == 0 and stride == 1 and weight.shape[1:3] == (3, 3):
+        y = winograd(windows, weight, pad)
+    else:
+        y = summed(windows, weight, pad, stride)
+    return _with_bias(y, bias, windows[0].dtype)
+
+
+def convolve_doubled(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+    """A 3x3 convolution of each frame, after each of its pixels was repeated twice in rows and columns; zeros beyond."""
+    if _alone_on_cpu(x.dtype):
+        y = quartered(x, weight)
+    else:
+        y = side_by_side([jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)], weight[None], SAME, 1)
+    return _with_bias(y, bias, x.dtype)
+
+
+def side_by_side(windows: Sequence[jax.Array], weight: jax.Array, pad: Pad, stride: int = 1) -> jax.Array:
+    """One convolution, of all taps' channels: rounded once, and borders are fetched once where the picture is divided."""
+    x, kernel = jnp.concatenate(windows, axis=-1), jnp.concatenate(weight, axis=-2)
+    return constrain(_convolve(x, kernel, pad, stride), "thwc")
+
+
+def summed(windows: Sequence[jax.Array], weight: jax.Array, pad: Pad, stride: int = 1) -> jax.Array:
+    """A convolution for each tap: on CPUs faster by a tenth to a half, for nothing is copied to lie side by side."""
+    each = [_convolve(x, tap, pad, stride) for x, tap in zip(windows, weight, strict=True)]
+    return functools.reduce(jnp.add, each)
+
+
+def winograd(windows: Sequence[jax.Array], weight: jax.Array, pad: Pad) -> jax.Array:
+    """Winograd's F(2, 3) over time: of each two frames, four convolutions of sums and differences instead of six.
+
+    In float32 it rounds as `side_by_side` does; F(4, 3), three instead of six, would round three times as much.
+    Source: Lavin and Gray 2015, arXiv:1509.09308, section 4.1.
+    """
+    a, b, c, d = windows[0][::2], windows[1][::2], windows[2][::2], windows[2][1::2]  # the four frames that a pair sees
+    first, middle, last = weight
+    y0 = _convolve(a - c, first, pad)
+    y1 = _convolve(b + c, (first + middle + last) / 2, pad)
+    y2 = _convolve(c - b, (first - middle + last) / 2, pad)
+    y3 = _convolve(b - d, last, pad)
+    pairs = jnp.stack([y0 + y1 + y2, y1 - y2 - y3], axis=1)
+    return pairs.reshape(-1, *pairs.shape[2:])
+
+
+def quartered(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`convolve_doubled` without the repetition: of 3x3 repeated pixels 2x2 differ, and each quarter of the result sees others.
+
+    A row of the result that comes first of its two sees the row before once and its own twice; the other its own twice and
+    the row after once. Columns likewise.
+    """
+    (above, below), after, before = _sums(weight, axis=0), (0, 1), (1, 0)
+    quarters = [
+        [_convolve(x, kernel, (rows, columns)) for kernel, columns in zip(_sums(taps, axis=1), (before, after), strict=True)]
+        for taps, rows in ((above, before), (below, after))
+    ]
+    y = jnp.stack([jnp.stack(each, axis=3) for each in quarters], axis=2)  # [t, h, 2, w, 2, c]
+    t, h, _, w, _, c = y.shape
+    return y.reshape(t, 2 * h, 2 * w, c)
+
+
+def _sums(weight: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Three taps as two, where the last two see the same, and where the first two do."""
+    first, middle, last = jnp.split(weight, 3, axis)
+    return jnp.concatenate([first, middle + last], axis), jnp.concatenate([first + middle, last], axis)
+
+
+def _alone_on_cpu(dtype: jnp.dtype) -> bool:
+    """Whether no other device shares the picture. bfloat16 is for GPUs, and its results depend on the order of every sum."""
+    mesh = current_mesh()
+    divided = mesh is not None and any(mesh.shape.get(axis, 1) > 1 for axis in ("h", "w"))
+    return dtype == jnp.float32 and jax.default_backend() == "cpu" and not divided
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, pad: Pad, stride: int = 1) -> jax.Array:
+    if kernel.shape[:2] == (1, 1):
+        return x @ kernel[0, 0]
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _with_bias(y: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(dtype)
