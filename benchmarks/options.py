@@ -2,13 +2,14 @@
 
     python -m benchmarks.options --model mid --steps 35 --dtype bfloat16 [--out FILE.json]
 
-Errors are of the last latents: the root mean square difference from those without the option, over their deviation. What the
-other dtype changes is told too, as a measure. Weights are random: of real ones, and to the eye, it may be more or less.
+Differences are of the last latents: the root mean square of what an option changes, over their deviation. What the other dtype
+changes is told too, as a measure. Weights are random: of real ones, and to the eye, it may be more or less.
 """
 
 import argparse
 import dataclasses
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,21 +33,31 @@ def main() -> None:
     record.finish({**what, "rows": rows}, arguments.out)
 
 
-def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A row for neither option, which comes first, and for each; and what was measured."""
+def measure(
+    arguments: argparse.Namespace,
+    *,
+    thresholds: Sequence[float] = THRESHOLDS,
+    others: Mapping[str, dict[str, Any]] | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A row for neither option, which comes first, and for each; and what was measured.
+
+    `others` are pipelines that differ in these flags: by default FP8, and the other dtype.
+    """
     pipe, request = models.pipeline(arguments), models.request(arguments, output_type="latent")
-    what, dtype = about("options", arguments, pipe, request), OTHER[pipe.dtype]
+    what = about("options", arguments, pipe, request)
+    if others is None:
+        others = {"fp8": {"quantize": "fp8"}, OTHER[pipe.dtype]: {"dtype": OTHER[pipe.dtype]}}
     without, plain = run(pipe, request, arguments.runs)
-    rows = [{"option": "neither", **plain, "of_the_time": 1.0, "error": 0.0}]
+    rows = [{"option": "neither", **plain, "of_the_time": 1.0, "difference": 0.0}]
 
     def add(option: str, latents: np.ndarray, found: dict[str, Any]) -> None:
-        compared = {"of_the_time": found["seconds"] / plain["seconds"], "error": error(latents, without)}
+        compared = {"of_the_time": found["seconds"] / plain["seconds"], "difference": difference(latents, without)}
         rows.append({"option": option, **found, **compared})
 
-    for threshold in THRESHOLDS:
+    for threshold in thresholds:
         add(f"step_cache={threshold}", *run(pipe, dataclasses.replace(request, step_cache=threshold), arguments.runs))
     del pipe  # a GPU may not have room for two
-    for option, how in (("fp8", {"quantize": "fp8"}), (dtype, {"dtype": dtype})):
+    for option, how in others.items():
         add(option, *run(models.pipeline(argparse.Namespace(**vars(arguments) | how)), request, arguments.runs))
     return rows, what
 
@@ -58,16 +69,16 @@ def run(pipe: Cosmos3Pipeline, request: Request, runs: int) -> tuple[np.ndarray,
     return results[-1].video, {"seconds": seconds, "computed_steps": results[-1].computed_steps}
 
 
-def error(latents: np.ndarray, without: np.ndarray) -> float:
+def difference(latents: np.ndarray, without: np.ndarray) -> float:
     """The root mean square difference, over the deviation."""
     return float(np.sqrt(np.mean((latents - without) ** 2)) / without.std())
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The same as Markdown."""
-    lines = ["| option | denoise, s | of the time | steps computed | error |", "|---|---|---|---|---|"]
+    lines = ["| option | denoise, s | of the time | steps computed | difference |", "|---|---|---|---|---|"]
     for row in rows:
-        numbers = f"{row['seconds']:.3f} | {row['of_the_time']:.2f} | {row['computed_steps']} | {row['error']:.4f}"
+        numbers = f"{row['seconds']:.3f} | {row['of_the_time']:.2f} | {row['computed_steps']} | {row['difference']:.4f}"
         lines.append(f"| {row['option']} | {numbers} |")
     return "\n".join(lines)
 
