@@ -204,7 +204,8 @@ def towers(job: Job, networks: Networks, mesh: Mesh) -> list[Program]:
     keys = array(*shape, dtype=STAND_IN[job.dtype], dims="LBSKH")
     inputs = networks.gen, Rotary(array(B, G, half), array(B, G, half)), Prefix(keys, keys, length_B)
     latents = Latents(array(t, h, w, job.vae.z_dim), array(s, config.sizes["A"]) if s else None)
-    state, given = sampler.State(latents, latents, latents, latents), sampler.Given(latents.video, array(t, dtype=bool))
+    state = sampler.State(latents, latents, latents, latents, array(dtype=jnp.int32))
+    given = sampler.Given(latents.video, array(t, dtype=bool))
     step = velocity, inputs, state, sampler.unipc_steps(np.array([0.9])), given
     return [
         Program("prefill", prefill, (networks.und, array(B, S, dtype=jnp.int32), length_B, text), networks.und, mesh),

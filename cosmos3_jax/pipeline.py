@@ -201,8 +201,7 @@ class Cosmos3Pipeline:
             latents, prefix = state.sample, None  # room for the decoder
             video = self._decode(latents.video, request.output_type, stage)
             sound, sample_rate = self._decode_sound(latents.sound, request.output_type, stage)
-        computed = len(steps) if state.memory is None else int(state.memory.computed)
-        return Result(video, float(request.fps), seconds, sound, sample_rate, computed)
+        return Result(video, float(request.fps), seconds, sound, sample_rate, int(state.computed))
 
     def _stage(self, seconds: dict[str, float], progress: bool, name: str, part: str, run: Callable[[Network], Any]) -> Any:
         """What `run` makes of a network, which is on the devices for as long as that takes."""

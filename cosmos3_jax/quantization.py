@@ -17,6 +17,7 @@ from cosmos3_jax.weights import Network, Weight, is_stacked, map_weights
 
 E4M3 = jnp.float8_e4m3fn
 LARGEST = float(jnp.finfo(E4M3).max)
+SMALLEST = LARGEST * float(jnp.finfo(jnp.float32).tiny)  # of a row that can be scaled: below, the scale would become zero
 
 
 @struct.dataclass
@@ -30,7 +31,7 @@ class Quantized:
 def quantize(x: jax.Array, axes: int | tuple[int, ...]) -> Quantized:
     """`x` with one scale for all that is contracted, along `axes`."""
     largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axes, keepdims=True)
-    scale = jnp.where(largest > 0, largest / LARGEST, 1)
+    scale = jnp.where(largest > SMALLEST, largest / LARGEST, 1)
     return Quantized((x.astype(jnp.float32) / scale).astype(E4M3), jnp.squeeze(scale, axes))
 
 

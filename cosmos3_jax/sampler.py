@@ -162,7 +162,6 @@ class Memory:
 
     sample: Latents  # that the last velocity was computed of
     velocity: Latents  # with guidance
-    computed: jax.Array  # how many steps computed one so far
 
 
 @struct.dataclass
@@ -173,7 +172,8 @@ class State:
     corrected: Latents  # the last corrected sample
     prediction: Latents  # the last predicted clean latents, and those before
     prediction_before: Latents
-    memory: Memory | None = None  # there if steps may reuse a velocity
+    computed: jax.Array  # how many steps computed a velocity so far
+    memory: Memory | None = None  # there if steps may reuse one
 
 
 def meet(velocity: Latents) -> jax.Array:
@@ -203,7 +203,7 @@ def advance(state: State, step: Steps, velocity: Latents, given: Given) -> State
     sample = combine(step.predictor, corrected, prediction, state.prediction)
     if step.fresh is not None:
         sample = combine((1, 1), sample, step.fresh)
-    return State(given.write(sample), corrected, prediction, state.prediction, state.memory)
+    return State(given.write(sample), corrected, prediction, state.prediction, state.computed, state.memory)
 
 
 def moved(x: Latents, since: Latents) -> jax.Array:
@@ -219,25 +219,20 @@ def moved(x: Latents, since: Latents) -> jax.Array:
 def run_steps(velocity: Velocity, inputs: Any, state: State, steps: Steps, given: Given) -> tuple[State, jax.Array]:
     """The state after `steps`, and a scalar that is ready when the state is (the state itself is donated onwards)."""
 
-    def computed(state: State, step: Steps) -> Latents:
+    def guided(state: State, step: Steps) -> Latents:
         velocity_B = meet(velocity(inputs, state.sample, step.timestep, given.is_given_t))
         _, as_latents = ravel_pytree(state.sample)
         return as_latents(guide(velocity_B, step.guidance_scale))
 
-    def remembered(state: State, step: Steps) -> Memory:
-        memory = state.memory
-        assert memory is not None
-
-        def compute() -> Memory:
-            return Memory(state.sample, computed(state, step), memory.computed + 1)
-
-        return jax.lax.cond(moved(state.sample, memory.sample) < step.reuse, lambda: memory, compute)
-
     def body(state: State, step: Steps) -> tuple[State, None]:
-        if step.reuse is None:
-            return advance(state, step, computed(state, step), given), None
-        memory = remembered(state, step)
-        return advance(dataclasses.replace(state, memory=memory), step, memory.velocity, given), None
+        memory, count = state.memory, state.computed
+        if memory is None:
+            return advance(dataclasses.replace(state, computed=count + 1), step, guided(state, step), given), None
+        serves = moved(state.sample, memory.sample) < step.reuse
+        memory, count = jax.lax.cond(
+            serves, lambda: (memory, count), lambda: (Memory(state.sample, guided(state, step)), count + 1)
+        )
+        return advance(dataclasses.replace(state, memory=memory, computed=count), step, memory.velocity, given), None
 
     state, _ = jax.lax.scan(body, state, steps)
     state = jax.tree.map(lambda x: constrain(x, ""), state)  # placed as it came, so that no step compiles again
@@ -248,8 +243,8 @@ def run_steps(velocity: Velocity, inputs: Any, state: State, steps: Steps, given
 def begin(noise: Latents, given: Given, *, reuse: bool) -> State:
     """The state before the first step, placed as a step leaves it."""
     nothing = jax.tree.map(jnp.zeros_like, noise)
-    memory = Memory(noise, nothing, jnp.int32(0)) if reuse else None
-    return jax.tree.map(lambda x: constrain(x, ""), State(given.write(noise), nothing, nothing, nothing, memory))
+    memory = Memory(noise, nothing) if reuse else None
+    return jax.tree.map(lambda x: constrain(x, ""), State(given.write(noise), nothing, nothing, nothing, jnp.int32(0), memory))
 
 
 OnStep = Callable[[int, jax.Array], jax.Array | bool | None]

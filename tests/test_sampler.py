@@ -127,7 +127,7 @@ def test_the_latents_follow_the_references_recursion(name):
 @pytest.mark.parametrize("count", [1, 2, 3, 35])
 def test_last_step_returns_the_prediction_itself(kind, count):
     last = jax.tree.map(lambda column: column[-1], steps_of(count, kind))
-    state = State(*(each(lambda x, i=i: x + i, NOISE) for i in range(4)))
+    state = State(*(each(lambda x, i=i: x + i, NOISE) for i in range(4)), jnp.int32(0))
     state = advance(state, last, CLEAN, NOTHING_GIVEN)
     assert_close(state.sample, state.prediction)
 
@@ -161,7 +161,7 @@ def test_half_the_step_makes_a_quarter_of_the_error():
             return advance(state, step, velocity, NOTHING_GIVEN), None
 
         steps = steps_of(count, "linear", 3.0)
-        state, _ = jax.lax.scan(body, State(NOISE, *[each(jnp.zeros_like, NOISE)] * 3), steps)
+        state, _ = jax.lax.scan(body, State(NOISE, *[each(jnp.zeros_like, NOISE)] * 3, jnp.int32(0)), steps)
         return max(jax.tree.leaves(each(lambda x, noise: np.abs(x - s * noise).max(), state.sample, NOISE)))
 
     assert error(10) > 3.5 * error(20) > 3.5**2 * error(40) > 0
