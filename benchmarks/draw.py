@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BEGIN, END = "<!-- speed: drawn by benchmarks/draw.py -->", "<!-- end of speed -->"
-KINDS = ("compare_diffusers", "generate", "first_video")
+KINDS = ("compare_diffusers", "generate", "first_video", "options")
 SIDES = {"ours": "#3b82c4", "diffusers": "#9a9a9a"}  # and the colour of each
 STAGES = ("whole", "step", "decode")
 PARTS = {  # of a request, and the colour of each
@@ -116,7 +116,7 @@ def replaced(readme: Path, section: str) -> str:
 def section(records: Records, plots: str) -> str:
     """The tables as Markdown, each with its plots, which are in the folder `plots`."""
     parts = []
-    for kind, table in zip(KINDS, (compare_table, generate_table, first_video_table), strict=True):
+    for kind, table in zip(KINDS, (compare_table, generate_table, first_video_table, options_table), strict=True):
         if alike := of_kind(records, kind):
             parts += [table(alike), *(f"![{title}]({plots}/{name})" for name, title in plot_names(alike).items())]
     return "".join(f"{part}\n\n" for part in parts)
@@ -175,6 +175,24 @@ def first_video_table(records: Records) -> str:
         "cache of compiled programs, with an empty one (cold) and a filled one (warm) (`python -m benchmarks.first_video`):",
         ["on", *ways.values()],
         [[where(each), *(spread(each[way]) for way in ways)] for each in records.values()],
+    )
+
+
+def options_table(records: Records) -> str:
+    """What each option that is not exact saves and changes."""
+    rows = []
+    for each in records.values():
+        about = [what(each), where(each)]
+        for row in each["rows"]:
+            steps, apart = str(row["computed_steps"]), f"{row['difference']:.2g}"
+            rows.append([*about, row["option"], seconds(row["seconds"]), f"{row['of_the_time']:.2f}", steps, apart])
+            about = ["", ""]
+    return _table(
+        "What the options that are not exact save and change, with random weights: seconds of denoising, their share of those "
+        "without an option, the steps that computed a velocity, and how far the latents are from those without, in parts of "
+        "their deviation; the other dtype as a measure of that (`python -m benchmarks.options`):",
+        ["request", "on", "option", "denoise, s", "of the time", "steps computed", "latents apart"],
+        rows,
     )
 
 

@@ -311,6 +311,17 @@ RECORDS = {
         **ON,
         "hardware": {"devices": "1 x a GPU", "platform": "gpu", "host": "a CPU, 2 cores"},
     },
+    "options": {
+        "kind": "options",
+        "model": "mid",
+        "dtype": "float32",
+        "request": SIZE,
+        "rows": [
+            {"option": "neither", "seconds": 8.0, "of_the_time": 1.0, "computed_steps": 35, "difference": 0.0},
+            {"option": "fp8", "seconds": 20.0, "of_the_time": 2.5, "computed_steps": 34, "difference": 0.0456},
+        ],
+        **ON,
+    },
     "older": {"runs": {}},
     "quick": {"kind": "step"},
 }
@@ -344,10 +355,12 @@ def test_tables_have_the_numbers_of_the_records(house):
         f"| Cosmos3-Nano, {size}, bfloat16, --cfg 2 --tp 4 | a CPU, 2 cores, jax 0.10.2, 2026-11-21 | 0.120, 40% | 2.80, 61% | "
         "12.00, 30% | 10.00 | 121.0 (60.50 to 242.0), 55% | 140.0, 18.50 of it | 52.0 |",
         "| 1 x a GPU, jax 0.10.2, 2026-11-21 | 12.00 (6.00 to 24.00) | 13.00 (6.50 to 26.00) | 7.00 (3.50 to 14.00) |",
+        f"| mid, {size}, float32 | a CPU, 2 cores, jax 0.10.2, 2026-11-21 | neither | 8.00 | 1.00 | 35 | 0 |",
+        "|  |  | fp8 | 20.00 | 2.50 | 34 | 0.046 |",
     ]
     assert [line for line in text.splitlines() if line in rows] == rows
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert [len({line.count("|") for line in table.splitlines()}) for table in tables] == [1, 1, 1]
+    assert [len({line.count("|") for line in table.splitlines()}) for table in tables] == [1, 1, 1, 1]
 
 
 def test_a_record_that_was_measured_can_be_drawn(generated):
@@ -385,7 +398,7 @@ def test_markers_that_are_missing_are_told(house, text):
 
 
 def test_what_is_not_drawn_is_told(house, capsys):
-    assert list(draw.read(house[1])) == ["beside", "newcomer", "request"]
+    assert list(draw.read(house[1])) == ["beside", "newcomer", "options", "request"]
     told = capsys.readouterr().out
     assert "older.json: not drawn, of kind none" in told
     assert "quick.json: not drawn, of kind step" in told

@@ -37,11 +37,14 @@ def program(name: str, cfg: int, tp: int) -> Any:
 
 
 def primitives(jaxpr: Any, times: int = 1) -> collections.Counter:
-    """How often each primitive runs on one device."""
+    """How often each primitive runs on one CPU."""
     counted: collections.Counter = collections.Counter()
     for equation in jaxpr.eqns:
         counted[equation.primitive.name] += times
         inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+        if equation.primitive.name == "cond":  # of `platform_dependent`: there is no other
+            assert equation.params["branches_platforms"] == (("cpu",), None)
+            inner = [equation.params["branches"][0].jaxpr]
         length = equation.params["length"] if equation.primitive.name == "scan" else 1
         for each in inner:
             if hasattr(each, "eqns"):

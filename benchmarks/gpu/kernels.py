@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from benchmarks.gpu.setting import GPU_ONLY, TEXT, Case, Row, Setting, Video, measured, normal, on_gpu, seconds, videos
 from cosmos3_jax.config import TransformerConfig, VAEConfig
 from cosmos3_jax.gpus import GPUS
-from cosmos3_jax.models.convolution import SAME, quartered, side_by_side, summed, winograd
+from cosmos3_jax.models.convolution import SAME, quartered, repeated, side_by_side, summed, winograd
 from cosmos3_jax.models.layers import chunked_attention, cudnn_attention
 
 FLOAT8 = jnp.float8_e4m3fn
@@ -187,11 +187,7 @@ CONVOLUTIONS = {
 }
 
 
-def _repeated(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return side_by_side([jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)], weight[None], SAME)
-
-
-DOUBLED = {"of repeated pixels": _repeated, "quartered": quartered}
+DOUBLED = {"of repeated pixels": repeated, "quartered": quartered}
 """Ways to compute a 3x3 convolution of frames [t, h, w, c] whose pixels are repeated twice in rows and columns."""
 
 

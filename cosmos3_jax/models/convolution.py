@@ -6,11 +6,13 @@ XLA's own 3-D convolution is three times as slow on CPUs, and changes layouts on
     summed         alone on a CPU else: one for each tap
     side_by_side   on GPUs, and where a picture is divided over devices: one, of all taps' channels
 
-All are exact; they add in other orders. Arrays are channels last, [t, h, w, c].
+And where pixels were repeated in front of a convolution of space alone, four of nine products are left (`quartered`). All give
+the same but for the order in which they add. Arrays are channels last, [t, h, w, c].
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,24 +25,33 @@ Pad = Sequence[tuple[int, int]]
 SAME = ((1, 1), (1, 1))
 
 
-def convolve(windows: Sequence[jax.Array], weight: jax.Array, bias: jax.Array, pad: Pad, stride: int = 1) -> jax.Array:
-    """The sum over time taps of 2-D convolutions, each of every frame in its window; weight [tap, height, width, in, out]."""
-    if not _alone_on_cpu(windows[0].dtype):
-        y = side_by_side(windows, weight, pad, stride)
-    elif len(windows) == 3 and len(windows[0]) % 2 == 0 and stride == 1 and weight.shape[1:3] == (3, 3):
-        y = winograd(windows, weight, pad)
-    else:
-        y = summed(windows, weight, pad, stride)
-    return _with_bias(y, bias, windows[0].dtype)
+def convolve(
+    frames: jax.Array, weight: jax.Array, bias: jax.Array, pad: Pad, *, stride: int = 1, time_stride: int = 1
+) -> jax.Array:
+    """A convolution with weights [tap, height, width, in, out], of all frames that the first tap to the last see."""
+    taps = weight.shape[0]
+    windows = [frames[i : len(frames) - taps + 1 + i : time_stride] for i in range(taps)]
+    in_pairs = taps == 3 and time_stride == 1 and len(windows[0]) % 2 == 0
+    on_cpu = winograd if in_pairs else summed
+    return _with_bias(_either(on_cpu, side_by_side, windows, weight, pad=pad, stride=stride), bias)
 
 
 def convolve_doubled(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
     """A 3x3 convolution of each frame, after each of its pixels was repeated twice in rows and columns; zeros beyond."""
-    if _alone_on_cpu(x.dtype):
-        y = quartered(x, weight)
-    else:
-        y = side_by_side([jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)], weight[None], SAME, 1)
-    return _with_bias(y, bias, x.dtype)
+    return _with_bias(_either(quartered, repeated, x, weight), bias)
+
+
+def _either(on_cpu: Callable, elsewhere: Callable, x: Any, weight: jax.Array, **how: Any) -> jax.Array:
+    """One of two ways to compute the same: the first for float32 on a CPU that has the picture alone.
+
+    bfloat16 is for GPUs, and its results depend on the order of every sum.
+    """
+    on_cpu, elsewhere = (functools.partial(way, **how) for way in (on_cpu, elsewhere))
+    mesh = current_mesh()
+    divided = mesh is not None and any(mesh.shape.get(axis, 1) > 1 for axis in ("h", "w"))
+    if divided or weight.dtype != jnp.float32:
+        return elsewhere(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=elsewhere)
 
 
 def side_by_side(windows: Sequence[jax.Array], weight: jax.Array, pad: Pad, stride: int = 1) -> jax.Array:
@@ -55,7 +66,7 @@ def summed(windows: Sequence[jax.Array], weight: jax.Array, pad: Pad, stride: in
     return functools.reduce(jnp.add, each)
 
 
-def winograd(windows: Sequence[jax.Array], weight: jax.Array, pad: Pad) -> jax.Array:
+def winograd(windows: Sequence[jax.Array], weight: jax.Array, pad: Pad, stride: int = 1) -> jax.Array:
     """Winograd's F(2, 3) over time: of each two frames, four convolutions of sums and differences instead of six.
 
     In float32 it rounds as `side_by_side` does; F(4, 3), three instead of six, would round three times as much.
@@ -63,16 +74,21 @@ def winograd(windows: Sequence[jax.Array], weight: jax.Array, pad: Pad) -> jax.A
     """
     a, b, c, d = windows[0][::2], windows[1][::2], windows[2][::2], windows[2][1::2]  # the four frames that a pair sees
     first, middle, last = weight
-    y0 = _convolve(a - c, first, pad)
-    y1 = _convolve(b + c, (first + middle + last) / 2, pad)
-    y2 = _convolve(c - b, (first - middle + last) / 2, pad)
-    y3 = _convolve(b - d, last, pad)
+    y0 = _convolve(a - c, first, pad, stride)
+    y1 = _convolve(b + c, (first + middle + last) / 2, pad, stride)
+    y2 = _convolve(c - b, (first - middle + last) / 2, pad, stride)
+    y3 = _convolve(b - d, last, pad, stride)
     pairs = jnp.stack([y0 + y1 + y2, y1 - y2 - y3], axis=1)
     return pairs.reshape(-1, *pairs.shape[2:])
 
 
+def repeated(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """A 3x3 convolution of the doubled frames, as it is written."""
+    return side_by_side([jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)], weight[None], SAME)
+
+
 def quartered(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`convolve_doubled` without the repetition: of 3x3 repeated pixels 2x2 differ, and each quarter of the result sees others.
+    """The same without the repetition: of 3x3 repeated pixels 2x2 differ, and each quarter of the result sees others.
 
     A row of the result that comes first of its two sees the row before once and its own twice; the other its own twice and
     the row after once. Columns likewise.
@@ -93,18 +109,11 @@ def _sums(weight: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     return jnp.concatenate([first, middle + last], axis), jnp.concatenate([first + middle, last], axis)
 
 
-def _alone_on_cpu(dtype: jnp.dtype) -> bool:
-    """Whether no other device shares the picture. bfloat16 is for GPUs, and its results depend on the order of every sum."""
-    mesh = current_mesh()
-    divided = mesh is not None and any(mesh.shape.get(axis, 1) > 1 for axis in ("h", "w"))
-    return dtype == jnp.float32 and jax.default_backend() == "cpu" and not divided
-
-
 def _convolve(x: jax.Array, kernel: jax.Array, pad: Pad, stride: int = 1) -> jax.Array:
     if kernel.shape[:2] == (1, 1):
         return x @ kernel[0, 0]
     return jax.lax.conv_general_dilated(x, kernel, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _with_bias(y: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(dtype)
+def _with_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    return (y.astype(jnp.float32) + bias.astype(jnp.float32)).astype(y.dtype)

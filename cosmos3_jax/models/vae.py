@@ -51,13 +51,13 @@ class Conv(Bordered):
             x = self.margin.clear(x)
         x = x.astype(weight.dtype)  # norms hand over float32
         if remembered == 0:
-            return convolve([x], weight, bias, self.pad), None
+            return convolve(x, weight, bias, self.pad), None
         frames = jnp.concatenate([jnp.zeros((remembered, *x.shape[1:]), x.dtype) if past is None else past, x])
-        last = frames.shape[0] - self.taps
-        windows = [frames[i : i + last + 1 : self.time_stride] for i in range(self.taps)]
         if past is None:  # zeros before the first frame: only the last tap sees anything
-            windows, weight = windows[-1:], weight[-1:]
-        return convolve(windows, weight, bias, self.pad), frames[-remembered:]
+            y = convolve(x, weight[-1:], bias, self.pad)
+        else:
+            y = convolve(frames, weight, bias, self.pad, time_stride=self.time_stride)
+        return y, frames[-remembered:]
 
 
 class SpatialConv(Bordered):
@@ -70,7 +70,7 @@ class SpatialConv(Bordered):
 
     def down(self, x: jax.Array) -> jax.Array:
         """Every second row and column of the result, a row and a column of zeros after the last."""
-        return convolve([self.margin.clear(x)], self.weight[...][None], self.bias[...], ((0, 1), (0, 1)), 2)
+        return convolve(self.margin.clear(x), self.weight[...][None], self.bias[...], ((0, 1), (0, 1)), stride=2)
 
     def up(self, x: jax.Array) -> jax.Array:
         """Of each pixel repeated twice in rows and columns."""
