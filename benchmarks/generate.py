@@ -34,6 +34,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models.add_flags(parser)
+    models.add_frame_flags(parser)
     arguments = parser.parse_args()
     start = time.perf_counter()
     pipe = models.pipeline(arguments)
@@ -88,7 +89,7 @@ def measure(pipe: Cosmos3Pipeline, request: Request, runs: int) -> dict[str, Any
         "share_of_data_sheet": done / whole / (sheet * pipe.mesh.size) if sheet else None,
         "shares": {
             stage: work[part] / stages[stage]["median"] / rate
-            for part, stage in {"prefill": "prefill", "step": "denoise", "decode": "decode"}.items()
+            for part, stage in {"encode": "encode", "prefill": "prefill", "step": "denoise", "decode": "decode"}.items()
             if part in work and stages.get(stage, {}).get("median")
         },
     }
@@ -105,7 +106,10 @@ def once(pipe: Cosmos3Pipeline, request: Request, file: Path) -> dict[str, float
 
 
 def flops(pipe: Cosmos3Pipeline, request: Request) -> dict[str, int]:
-    """The FLOPs of each stage, counted by a process of its own: on a GPU, attention is a kernel that cannot be looked into."""
+    """The FLOPs of each stage, counted by a process of its own: on a GPU, attention is a kernel that cannot be looked into.
+
+    An image or a clip must be a file.
+    """
     resolved = resolve(request, *pipe.checkpoint.configs)
     tokens = token_ids(resolved, pipe.checkpoint, pipe.tokenizer, pipe.mesh.shape["cfg"])[0].shape[1]
     transformer, vae, *_ = pipe.checkpoint.configs
@@ -122,8 +126,10 @@ def flops(pipe: Cosmos3Pipeline, request: Request) -> dict[str, int]:
         "guidance-scale": resolved.guidance_scale,
         "cfg": pipe.mesh.shape["cfg"],
         "tp": pipe.mesh.shape["tp"],
+        "image": request.image,
+        "video": request.video,
     }.items():
-        command += [f"--{flag}", str(value)]
+        command += [f"--{flag}", str(value)] if value is not None else []
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     environment.pop("XLA_FLAGS", None)  # those of a GPU are unknown there
     answer = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout

@@ -70,6 +70,12 @@ def add_flags(parser: argparse.ArgumentParser, *, model: str = "tiny") -> None:
     add("--out", type=Path, help="the whole record, as JSON")
 
 
+def add_frame_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of frames that come with a request."""
+    parser.add_argument("--image", metavar="FILE", help="first frame")
+    parser.add_argument("--video", metavar="FILE", help="clip to go on from")
+
+
 def request(arguments: argparse.Namespace, **more: Any) -> Request:
     """What the flags ask for."""
     given = {name: value for name, value in vars(arguments).items() if value is not None}

@@ -22,6 +22,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models.add_flags(parser, model="nano")
+    models.add_frame_flags(parser)
     parser.add_argument("--gpu", choices=[gpu.name for gpu in GPUS], default="H200")
     parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS, help=f"of each branch ({TEXT_TOKENS})")
     parser.add_argument("--flops", action="store_true", help="FLOPs alone, which needs no compiling")

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import compare_diffusers, draw, first_video, generate, models, record, roofline, step
 from cosmos3_jax import Request, make_mesh
@@ -135,9 +136,17 @@ ASKED = Request("ocean", num_frames=5, height=48, width=80, num_inference_steps=
 
 
 @pytest.fixture(scope="module")
-def generated(built_in):
+def first_frame(tmp_path_factory):
+    """The file of a picture."""
+    file = tmp_path_factory.mktemp("frames") / "first.png"
+    Image.new("RGB", (80, 48), "red").save(file)
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def generated(built_in, first_frame):
     """A whole record of `benchmarks.generate`."""
-    request = dataclasses.replace(ASKED, output_type="pil")
+    request = dataclasses.replace(ASKED, image=first_frame, output_type="pil")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)  # FLOPs are counted by `python -m benchmarks.roofline`
         measured = generate.measure(built_in, request, runs=1)
@@ -146,7 +155,7 @@ def generated(built_in):
 
 def test_a_request_is_measured_in_every_stage(generated):
     stages = {stage: values["median"] for stage, values in generated["stages"].items()}
-    assert stages.keys() == {"tokenize", "load", "prefill", "denoise", "step", "decode", "write", "whole"}
+    assert stages.keys() == {"tokenize", "load", "encode", "prefill", "denoise", "step", "decode", "write", "whole"}
     assert stages["step"] == pytest.approx(stages["denoise"] / 3, abs=1e-4)
     parts = sum(taken for stage, taken in stages.items() if stage not in ("step", "whole"))
     assert parts == pytest.approx(stages["whole"], rel=0.3, abs=0.05)
@@ -163,12 +172,12 @@ def test_a_request_compiles_once(generated):
     assert generated["compiled_later"]["programs"] == 0
 
 
-def test_shares_are_of_the_flops_that_the_estimate_counts(generated):
-    request = resolve(ASKED, TINY, TINY_VAE, models.UNIPC, None)
+def test_shares_are_of_the_flops_that_the_estimate_counts(generated, first_frame):
+    request = resolve(dataclasses.replace(ASKED, image=first_frame), TINY, TINY_VAE, models.UNIPC, None)
     flops, rate = work(Job(TINY, TINY_VAE, request, "float32", text_tokens=128), 1, 1), generated["matrix_product_rate"]
     assert generated["flops"] == flops
     shares, whole = generated["shares"], generated["stages"]["whole"]["median"]
-    assert shares.keys() == {"prefill", "denoise", "decode"}
+    assert shares.keys() == {"encode", "prefill", "denoise", "decode"}
     assert all(0 < share < 2 for share in shares.values())
     assert generated["share_of_matrix_product"] == pytest.approx(sum(flops.values()) / whole / rate)
     assert shares["decode"] == pytest.approx(flops["decode"] / generated["stages"]["decode"]["median"] / rate)
