@@ -187,14 +187,14 @@ def test_what_is_given_is_told_by_its_size(flags, name, value):
 def test_where_and_how_it_runs(monkeypatch):
     """The mesh and the dtype reach the pipeline, which is asked for nothing more here."""
 
-    def stop(path, *, mesh, dtype, text_tower, sound):
-        raise InputError(f"{path.name} {dict(mesh.shape)} {dtype} {text_tower} {sound}")
+    def stop(path, *, mesh, dtype, text_tower, quantize, sound):
+        raise InputError(f"{path.name} {dict(mesh.shape)} {dtype} {text_tower} {quantize} {sound}")
 
     monkeypatch.setattr(generate, "make_mesh", lambda cfg, tp: make_mesh(cfg, tp, jax.devices() * 8))
     monkeypatch.setattr(Cosmos3Pipeline, "from_pretrained", stop)
-    told = run("--cfg", 2, "--tp", 4, "--dtype", "bfloat16", "--text-tower", "drop", "--sound").err
-    assert told == "error: tiny {'cfg': 2, 'tp': 4} bfloat16 drop True\n"
-    assert run().err == "error: tiny {'cfg': 1, 'tp': 1} None auto False\n"
+    told = run("--cfg", 2, "--tp", 4, "--dtype", "bfloat16", "--text-tower", "drop", "--quantize", "fp8", "--sound").err
+    assert told == "error: tiny {'cfg': 2, 'tp': 4} bfloat16 drop fp8 True\n"
+    assert run().err == "error: tiny {'cfg': 1, 'tp': 1} None auto None False\n"
 
 
 @pytest.mark.usefixtures("place")
