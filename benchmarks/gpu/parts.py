@@ -9,11 +9,11 @@ from benchmarks.gpu.setting import Part
 PARTS = {
     "peaks": Part(peaks, 15),
     "attention": Part(attention, 40),
-    "requests": Part(requests, 130),
+    "requests": Part(requests, 150),
     "trace": Part(trace, 30),
-    "options": Part(inexact, 50),
-    "convolutions": Part(convolutions, 45),
-    "layers": Part(layers, 50),
+    "options": Part(inexact, 45),
+    "convolutions": Part(convolutions, 40),
+    "layers": Part(layers, 45),
     "flags": Part(flags, 40),
     "diffusers": Part(diffusers, 45, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}),  # the GPU's memory is for both
 }

@@ -17,11 +17,12 @@ def requests(setting: Setting) -> Iterator[Row]:
     later = len(videos())
     for name, video in videos().items():
         later -= 1
-        run = functools.partial(_request, setting, name, video, OVERHEAD * later)
+        run = functools.partial(_request, setting, video, OVERHEAD * later)
         yield from measured(setting, [({"request": f"{name}: {video}"}, run)])
 
 
-def _request(setting: Setting, name: str, video: Video, reserved: float) -> Row:
+def _request(setting: Setting, video: Video, reserved: float) -> Row:
+    """`reserved` seconds are those of the requests that follow."""
     pipe, full = pipeline(setting.model), 35 if video.frames > 1 else 50
     guess = next(iter(video.published.values()), None)
     steps = SHORT
