@@ -75,7 +75,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "first": {side: runs[0]["whole"] for side, runs in timed.items()},
         **sides,
         "ratio": {stage: sides["ours"][stage]["median"] / sides["diffusers"][stage]["median"] for stage in STAGES},
-        "difference": float(np.sqrt(np.mean((latents - expected) ** 2)) / expected.std()),
+        "difference": record.difference(latents, expected),
     }
 
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from benchmarks import models, record
 from cosmos3_jax import Cosmos3Pipeline, Request
 from cosmos3_jax.checkpoint import BUILT_IN
-from cosmos3_jax.gpus import GPUS
+from cosmos3_jax.gpus import named
 from cosmos3_jax.pipeline import token_ids
 from cosmos3_jax.request import resolve
 
@@ -73,7 +73,8 @@ def measure(pipe: Cosmos3Pipeline, request: Request, runs: int) -> dict[str, Any
     stages = {stage: record.spread([seconds[stage] for seconds in later]) for stage in later[0]}
     work = flops(pipe, request)
     rate = product_rate(pipe.dtype) * pipe.mesh.size
-    sheet = next((getattr(gpu, pipe.dtype) for gpu in GPUS if gpu.name in jax.devices()[0].device_kind), None)
+    gpu = named(jax.devices()[0].device_kind)
+    sheet = getattr(gpu, pipe.dtype) if gpu else None
     done = sum(work.values())
     whole = stages["whole"]["median"]
     return {

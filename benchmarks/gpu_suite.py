@@ -28,7 +28,7 @@ from unittest import mock
 from benchmarks import models, record
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.setting import Part, Row, Setting, first_line
-from cosmos3_jax.gpus import GPUS
+from cosmos3_jax.gpus import named
 
 BUDGET = 460  # seconds; a GPU that is lent for ten minutes also has to be reached
 PATIENCE = 5  # seconds that a process has to end by itself
@@ -150,7 +150,8 @@ class Crew:
 
 def _short(devices: str) -> str:
     """The name of a GPU that is known, else what JAX calls the device, as part of a file name."""
-    name = next((gpu.name for gpu in GPUS if gpu.name in devices), devices.partition(" x ")[2])
+    gpu = named(devices)
+    name = gpu.name if gpu else devices.partition(" x ")[2]
     return re.sub(r"\W+", "-", name.lower()).strip("-")
 
 

@@ -51,7 +51,7 @@ def measure(
     rows = [{"option": "neither", **plain, "of_the_time": 1.0, "difference": 0.0}]
 
     def add(option: str, latents: np.ndarray, found: dict[str, Any]) -> None:
-        compared = {"of_the_time": found["seconds"] / plain["seconds"], "difference": difference(latents, without)}
+        compared = {"of_the_time": found["seconds"] / plain["seconds"], "difference": record.difference(latents, without)}
         rows.append({"option": option, **found, **compared})
 
     for threshold in thresholds:
@@ -67,11 +67,6 @@ def run(pipe: Cosmos3Pipeline, request: Request, runs: int) -> tuple[np.ndarray,
     results = [pipe.run(request, progress=False) for _ in range(1 + runs)]
     seconds = statistics.median(each.seconds["denoise"] for each in results[1:])
     return results[-1].video, {"seconds": seconds, "computed_steps": results[-1].computed_steps}
-
-
-def difference(latents: np.ndarray, without: np.ndarray) -> float:
-    """The root mean square difference, over the deviation."""
-    return float(np.sqrt(np.mean((latents - without) ** 2)) / without.std())
 
 
 def table(rows: list[dict[str, Any]]) -> str:

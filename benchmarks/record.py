@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 PACKAGES = ("cosmos3_jax", "jax", "jaxlib", "flax", "numpy", "torch", "diffusers", "jax-cuda12-plugin", "jax-cuda13-plugin")
 COMPILING = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")
 
@@ -22,6 +24,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
         "least": round(min(values), 4),
         "greatest": round(max(values), 4),
     }
+
+
+def difference(latents: np.ndarray, expected: np.ndarray) -> float:
+    """The root mean square difference, over the deviation of what is expected."""
+    return float(np.sqrt(np.mean((latents - expected) ** 2)) / expected.std())
 
 
 def times(run: Callable[[], Any], count: int, *, warm_up: int = 1) -> list[float]:

@@ -24,3 +24,8 @@ GPUS = (
     GPU("L40S", 362e12, 91.6e12, 48e9, 0.864e12, 32e9, "NVIDIA L40S, data sheet; PCIe 4.0 x16"),
     GPU("RTX PRO 6000", 503.8e12, 125e12, 96e9, 1.792e12, 64e9, "NVIDIA RTX Blackwell PRO, architecture 1.1; PCIe 5.0 x16"),
 )
+
+
+def named(device: str) -> GPU | None:
+    """The GPU whose name is in what JAX calls a device; none of another."""
+    return next((gpu for gpu in GPUS if gpu.name in device), None)

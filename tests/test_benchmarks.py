@@ -42,6 +42,11 @@ def test_spread_is_median_least_and_greatest():
     assert record.spread([1.0, 2.0])["median"] == 1.5
 
 
+def test_differences_are_parts_of_the_deviation():
+    expected = np.array([1.0, 3.0])  # of deviation 1
+    assert record.difference(np.array([4.0, 7.0]), expected) == pytest.approx(12.5**0.5)
+
+
 def test_times_counts_no_call_of_the_warm_up():
     calls = []
     seconds = record.times(lambda: calls.append(None), 3, warm_up=2)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from benchmarks.gpu.setting import GPU_ONLY, TEXT, Case, Row, Setting, Video, measured, normal, on_gpu, seconds, videos
 from cosmos3_jax.config import TransformerConfig, VAEConfig
-from cosmos3_jax.gpus import GPUS
+from cosmos3_jax.gpus import named
 from cosmos3_jax.models.convolution import SAME, quartered, repeated, side_by_side, summed, winograd
 from cosmos3_jax.models.layers import chunked_attention, cudnn_attention
 
@@ -22,7 +22,7 @@ FLOAT8 = jnp.float8_e4m3fn
 
 def peaks(setting: Setting) -> Iterator[Row]:
     """The device's rates: matrix products with weights [out, in] in bf16 and FP8, and a copy in its memory."""
-    sheet = next((gpu for gpu in GPUS if gpu.name in jax.devices()[0].device_kind), None)
+    sheet = named(jax.devices()[0].device_kind)
     config, _ = setting.configs
     square = 8192 if on_gpu() else 256
     tokens = 2 * videos()["480p"].tokens(*setting.configs)
