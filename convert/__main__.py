@@ -17,7 +17,7 @@ import jax
 
 from convert.folders import convert, export, verify
 from convert.inspection import inspect
-from cosmos3_jax.config import InputError
+from cosmos3_jax.errors import InputError
 from cosmos3_jax.pipeline import DTYPES
 
 

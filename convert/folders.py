@@ -21,8 +21,8 @@ from tqdm import tqdm
 from cosmos3_jax import __version__, array_store
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.checkpoint import Checkpoint, Weights
-from cosmos3_jax.config import InputError
 from cosmos3_jax.converted import FORMAT, MARK, STORE_OF, ConvertedWeights
+from cosmos3_jax.errors import InputError
 from cosmos3_jax.folder import read_json, within, write_json
 from cosmos3_jax.networks import abstract_networks
 from cosmos3_jax.published import disarrange, names_of

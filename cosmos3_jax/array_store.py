@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from cosmos3_jax.config import InputError
+from cosmos3_jax.errors import InputError
 
 CHUNK = 1 << 25  # bytes of an array that are read and written as one
 Contents = dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and dtype of every array by its name

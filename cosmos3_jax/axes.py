@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from cosmos3_jax.config import InputError
+from cosmos3_jax.errors import InputError
 
 MESH_AXIS = {"B": "cfg", "N": "tp", "K": "tp", "F": "tp", "h": "h", "w": "w"}
 

@@ -14,8 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from cosmos3_jax import hub
-from cosmos3_jax.config import InputError, SchedulerConfig, SoundConfig, TransformerConfig, VAEConfig
+from cosmos3_jax.config import SchedulerConfig, SoundConfig, TransformerConfig, VAEConfig
 from cosmos3_jax.converted import MARK, ConvertedWeights
+from cosmos3_jax.errors import InputError
 from cosmos3_jax.folder import read_json, within
 from cosmos3_jax.processes import is_first
 from cosmos3_jax.published import PublishedWeights

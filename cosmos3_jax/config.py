@@ -9,13 +9,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, Self
 
+from cosmos3_jax.errors import InputError
+
 # of what a hostile file could have us loop over, or fill memory with
 MOST = {"num_hidden_layers": 1000, "num_res_blocks": 100, "sampling_rate": 1e6}
 LEAST = {"unified_3d_mrope_temporal_modality_margin": 0}
-
-
-class InputError(ValueError):
-    """A value from outside cannot be used; the message names it, what was expected and what to do."""
 
 
 def _fields(cls: type, file: str, json: Mapping[str, Any]) -> dict[str, Any]:

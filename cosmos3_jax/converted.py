@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from cosmos3_jax import array_store
-from cosmos3_jax.config import InputError, TransformerConfig
+from cosmos3_jax.config import TransformerConfig
+from cosmos3_jax.errors import InputError
 from cosmos3_jax.folder import read_json, within
 from cosmos3_jax.published import arrange, file_shapes, names_of, scales, sound_encoder, unused_tensors
 from cosmos3_jax.weights import Index, Network, Weight, audit, by_path, copy, place_weight

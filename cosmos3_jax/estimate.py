@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 
 from cosmos3_jax import sampler
 from cosmos3_jax.axes import make_mesh, picture_mesh, sharding
-from cosmos3_jax.config import InputError, SoundConfig, TransformerConfig, VAEConfig
+from cosmos3_jax.config import SoundConfig, TransformerConfig, VAEConfig
 from cosmos3_jax.cost import Operation, collectives, flops
+from cosmos3_jax.errors import InputError
 from cosmos3_jax.gpus import GPU
 from cosmos3_jax.latents import Latents
 from cosmos3_jax.models.layers import Rotary

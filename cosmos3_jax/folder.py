@@ -1,11 +1,16 @@
-"""The plain files of a checkpoint folder: JSON, and nothing that lies elsewhere."""
+"""Plain files: the JSON of a checkpoint folder, nothing that lies outside it, and files that are whole or not there."""
 
+import contextlib
+import fcntl
+import hashlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cosmos3_jax.config import InputError
+from cosmos3_jax.errors import InputError
 
 
 def within(folder: Path, path: Path) -> Path:
@@ -48,6 +53,29 @@ def readable(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A name in the same folder, which becomes `path` when all went well and is removed when not.
+
+    A process holds a lock on it for as long as it lives: what a killed one left of the same `path` is removed first.
+    """
+    prefix = f".cosmos3.{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}."
+    for left in path.parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), left.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+    with tempfile.NamedTemporaryFile(prefix=prefix, suffix=path.suffix, dir=path.parent, delete=False) as held:
+        partial = Path(held.name)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks: there nothing that is left is removed
+                fcntl.flock(held, fcntl.LOCK_EX)
+            yield partial
+            readable(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -22,8 +22,9 @@ import jax
 from cosmos3_jax import __version__, media, processes
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.checkpoint import BUILT_IN, Checkpoint
-from cosmos3_jax.config import PRESETS, SOUND_TOKENIZER, UNIPC, WAN_VAE, InputError, SchedulerConfig
+from cosmos3_jax.config import PRESETS, SOUND_TOKENIZER, UNIPC, WAN_VAE, SchedulerConfig
 from cosmos3_jax.dry_run import dry_run
+from cosmos3_jax.errors import InputError
 from cosmos3_jax.estimate import TEXT_TOKENS, Job, virtual_devices
 from cosmos3_jax.networks import TEXT_TOWER
 from cosmos3_jax.pipeline import DTYPES, Cosmos3Pipeline, open_media, token_ids

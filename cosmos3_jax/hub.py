@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosmos3_jax.config import InputError
+from cosmos3_jax.errors import InputError
 
 PLAIN = ("*.json", "*.jinja", "*.txt")  # configs, tokenizer, chat template
 ROOT = ("model_index.json", "modular_model_index.json", "LICENSE*", "assets/*.json")

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import warnings
 import wave
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +24,8 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageOps
 
-from cosmos3_jax.config import InputError
-from cosmos3_jax.folder import readable
+from cosmos3_jax.errors import InputError
+from cosmos3_jax.folder import beside
 
 VIDEO_SUFFIXES = (".mp4",)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -205,7 +205,7 @@ def write(path: Path, frames: np.ndarray, fps: float, sound: Sound | None = None
     if sound is not None and len(sound.wave_cn) > 2 and path.suffix.lower() in VIDEO_SUFFIXES:
         raise InputError(f"{path}: one or two channels are written beside a video, not {len(sound.wave_cn)}; write a .wav")
     try:
-        with _beside(path) as partial:
+        with beside(path) as partial:
             if path.suffix.lower() in IMAGE_SUFFIXES:
                 Image.fromarray(frames[0]).save(partial, quality=95)
             elif path.suffix.lower() in SOUND_SUFFIXES:
@@ -302,17 +302,3 @@ def _fit_length(wave_cn: np.ndarray, samples: int) -> np.ndarray:
 def _quiet_fork() -> warnings.catch_warnings:
     """Without JAX's warning that a fork can deadlock: imageio's child starts ffmpeg at once and never touches JAX."""
     return warnings.catch_warnings(action="ignore", category=RuntimeWarning)
-
-
-@contextlib.contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A name in the same folder, renamed to `path` when all went well and removed when not."""
-    handle, name = tempfile.mkstemp(suffix=path.suffix, prefix=".cosmos3.", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        readable(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from cosmos3_jax.config import InputError, SoundConfig, TransformerConfig, VAEConfig
+from cosmos3_jax.config import SoundConfig, TransformerConfig, VAEConfig
+from cosmos3_jax.errors import InputError
 from cosmos3_jax.models.sound import SoundDecoder
 from cosmos3_jax.models.transformer import GenTower, UndTower
 from cosmos3_jax.models.vae import VAE

@@ -25,7 +25,8 @@ from cosmos3_jax import media, positions, sampler
 from cosmos3_jax.axes import make_mesh, picture_mesh, place
 from cosmos3_jax.checkpoint import Checkpoint, load
 from cosmos3_jax.compilation_cache import use_compilation_cache
-from cosmos3_jax.config import InputError, VAEConfig
+from cosmos3_jax.config import VAEConfig
+from cosmos3_jax.errors import InputError
 from cosmos3_jax.latents import Latents
 from cosmos3_jax.models.layers import Rotary
 from cosmos3_jax.models.transformer import Prefix

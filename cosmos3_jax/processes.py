@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cosmos3_jax.config import InputError
+from cosmos3_jax.errors import InputError
 
 HEARTBEAT_SECONDS = 30  # silence after which a process counts as dead
 START_SECONDS = 120  # what JAX is told to wait for processes that are not there yet; it takes about twice as long

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cosmos3_jax.config import InputError
+from cosmos3_jax.errors import InputError
 
 STYLES = ("native", "diffusers")
 BUCKET = 128  # prompts are padded to a multiple of this, so that another prompt finds the compiled program again

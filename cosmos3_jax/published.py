@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cosmos3_jax.config import InputError, TransformerConfig
+from cosmos3_jax.config import TransformerConfig
+from cosmos3_jax.errors import InputError
 from cosmos3_jax.safetensors_files import DTYPES, Tensor, TensorFolder
 from cosmos3_jax.weights import Index, Network, Weight, audit, by_path, copy, is_stacked, place_weight
 

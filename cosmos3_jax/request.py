@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cosmos3_jax.config import UNIPC, InputError, SchedulerConfig, SoundConfig, TransformerConfig, VAEConfig
+from cosmos3_jax.config import UNIPC, SchedulerConfig, SoundConfig, TransformerConfig, VAEConfig
+from cosmos3_jax.errors import InputError
 from cosmos3_jax.prompt import STYLES, Metadata
 from cosmos3_jax.sampler import GRIDS
 

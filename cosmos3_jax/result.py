@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cosmos3_jax import media
-from cosmos3_jax.config import InputError
+from cosmos3_jax.errors import InputError
 from cosmos3_jax.processes import is_first
 
 

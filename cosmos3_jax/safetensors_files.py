@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from cosmos3_jax.config import InputError
+from cosmos3_jax.errors import InputError
 from cosmos3_jax.folder import read_json, readable, unique, within, write_json
 
 STEM = "diffusion_pytorch_model"  # what diffusers calls the weights of every part

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from cosmos3_jax.axes import constrain, current_mesh, make_mesh, padded, picture_mesh, place, sharding, spec
-from cosmos3_jax.config import InputError
+from cosmos3_jax.errors import InputError
 
 
 @pytest.mark.parametrize(

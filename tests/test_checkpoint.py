@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 from convert.random_checkpoint import write_checkpoint
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.checkpoint import Checkpoint, load, locate
-from cosmos3_jax.config import TINY, TINY_SOUND, TINY_VAE, UNIPC, InputError
+from cosmos3_jax.config import TINY, TINY_SOUND, TINY_VAE, UNIPC
+from cosmos3_jax.errors import InputError
 from cosmos3_jax.networks import abstract_networks
 from cosmos3_jax.published import unused_tensors
 from cosmos3_jax.safetensors_files import Tensor

@@ -16,7 +16,8 @@ from PIL import Image
 
 from cosmos3_jax import make_mesh, media
 from cosmos3_jax.checkpoint import BUILT_IN, load
-from cosmos3_jax.config import TINY, TINY_SOUND, TINY_VAE, InputError
+from cosmos3_jax.config import TINY, TINY_SOUND, TINY_VAE
+from cosmos3_jax.errors import InputError
 from cosmos3_jax.networks import abstract_networks
 from cosmos3_jax.pipeline import decode_sound
 from cosmos3_jax.published import PublishedWeights

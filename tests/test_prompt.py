@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from cosmos3_jax.checkpoint import BUILT_IN
-from cosmos3_jax.config import NANO, TINY, InputError
+from cosmos3_jax.config import NANO, TINY
+from cosmos3_jax.errors import InputError
 from cosmos3_jax.prompt import (
     Metadata,
     diffusers_texts,

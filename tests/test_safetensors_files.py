@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from cosmos3_jax.config import InputError
+from cosmos3_jax.errors import InputError
 from cosmos3_jax.safetensors_files import DTYPES, INDEX, STEM, TensorFolder, in_shards, write_tensors
 
 FILE = f"{STEM}.safetensors"

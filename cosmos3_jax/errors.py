@@ -1,0 +1,40 @@
+"""What goes wrong, as this project says it: one sentence for whoever asked, and an exit code of the command line for each kind.
+
+Everything that a user's files, values or machine can cause is one of these; anything else that is raised is a defect of ours.
+"""
+
+
+class Cosmos3Error(Exception):
+    """Whatever this project raises itself."""
+
+    exit_code = 1
+
+
+class InputError(Cosmos3Error, ValueError):
+    """A value from outside cannot be used; the message names it, what was expected and what to do."""
+
+    exit_code = 2
+
+
+class BlockedError(Cosmos3Error):
+    """The safety checker does not let a prompt or a video pass (safety.py)."""
+
+    exit_code = 3
+
+
+class RunError(Cosmos3Error, RuntimeError):
+    """A request that could be used went wrong on the way: numbers that are none, a disk that is full."""
+
+
+class OutOfMemoryError(RunError):
+    """A device has less memory than a stage of the request needs."""
+
+    def __init__(self, message: str, stage: str):
+        super().__init__(message)
+        self.stage = stage
+
+
+class StoppedError(Cosmos3Error):
+    """Somebody asked for the end (Ctrl-C, SIGTERM); what is on disk is as if the request had not been started."""
+
+    exit_code = 130
