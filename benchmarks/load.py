@@ -102,7 +102,9 @@ def from_pretrained(folder: Path, mesh: Any) -> Any:
     """All networks of a pipeline."""
     from cosmos3_jax import Cosmos3Pipeline
 
-    pipe = Cosmos3Pipeline.from_pretrained(folder, mesh=mesh, dtype="bfloat16", text_tower="keep", progress=False)
+    pipe = Cosmos3Pipeline.from_pretrained(
+        folder, mesh=mesh, dtype="bfloat16", text_tower="keep", safety_checker=False, progress=False
+    )
     return pipe.residence.on_devices
 
 

@@ -89,7 +89,9 @@ def pipeline(arguments: argparse.Namespace) -> Cosmos3Pipeline:
     mesh = make_mesh(arguments.cfg, arguments.tp)
     how = {name: getattr(arguments, name) for name in ("dtype", "text_tower", "quantize")}
     if arguments.checkpoint:
-        return Cosmos3Pipeline.from_pretrained(arguments.checkpoint, mesh=mesh, sound=False, progress=False, **how)
+        return Cosmos3Pipeline.from_pretrained(
+            arguments.checkpoint, mesh=mesh, sound=False, safety_checker=False, progress=False, **how
+        )
     return random_pipeline(*MODELS[arguments.model], mesh, **how)
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from cosmos3_jax import __version__, array_store
+from cosmos3_jax import array_store
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.checkpoint import Checkpoint, Weights
 from cosmos3_jax.converted import FORMAT, MARK, STORE_OF, ConvertedWeights
@@ -27,6 +27,7 @@ from cosmos3_jax.folder import read_json, within, write_json
 from cosmos3_jax.networks import abstract_networks
 from cosmos3_jax.published import disarrange, names_of
 from cosmos3_jax.safetensors_files import in_shards, write_tensors
+from cosmos3_jax.version import VERSION
 from cosmos3_jax.weights import Network, by_path, is_stacked, map_weights, nbytes
 
 STORES = {"transformer": ("und", "gen", "unused"), "vae": ("vae",), "sound_tokenizer": ("sound_tokenizer",)}
@@ -100,7 +101,9 @@ def convert(
     with _whole(Path(dst), source) as folder:
         for store in source.stores:
             array_store.write(folder / "weights" / store, _shown(source, store, progress))
-        write_json(folder / MARK, {"format": FORMAT, "version": __version__, "dtype": dtype, "stores": source.stores})
+        revision = {"revision": source.checkpoint.revision} if source.checkpoint.revision else {}
+        about = {"format": FORMAT, "version": VERSION, "dtype": dtype, "stores": source.stores, **revision}
+        write_json(folder / MARK, about)
     return source
 
 

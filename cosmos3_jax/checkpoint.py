@@ -101,6 +101,21 @@ class Checkpoint:
         )
 
     @property
+    def name(self) -> str:
+        """What it is called wherever it lies: "built-in", the id of its Hugging Face repository, or the folder's name."""
+        if self.folder == BUILT_IN:
+            return "built-in"
+        return hub.repository(self.folder) or self.folder.resolve().name
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of the Hugging Face repository that it was downloaded from; None where nothing in the folder says so."""
+        if not (self.folder / MARK).is_file():
+            return hub.revision(self.folder)
+        revision = read_json(self.folder / MARK).get("revision")
+        return revision if isinstance(revision, str) else None
+
+    @property
     def configs(self) -> tuple[TransformerConfig, VAEConfig, SchedulerConfig, SoundConfig | None]:
         """What a request is resolved for."""
         return self.transformer, self.vae, self.scheduler, self.sound

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Self
 
-from cosmos3_jax.errors import InputError
+from cosmos3_jax.errors import InputError, shown
 
 # of what a hostile file could have us loop over, or fill memory with
 MOST = {"num_hidden_layers": 1000, "num_res_blocks": 100, "sampling_rate": 1e6}
@@ -30,8 +30,8 @@ def _fields(cls: type, file: str, json: Mapping[str, Any]) -> dict[str, Any]:
         if type(field.default) is float and type(value) is int:
             value = float(value)
         if not (type(value) is int if field.default is None else _alike(value, field.default)):
-            kind = "a whole number" if field.default is None else f"of the type of {_short(field.default)}"
-            raise InputError(f"{file}: {field.name}={_short(value)} is not {kind}")
+            kind = "a whole number" if field.default is None else f"of the type of {shown(field.default)}"
+            raise InputError(f"{file}: {field.name}={shown(value)} is not {kind}")
         if type(value) in (int, float) and not (0 < value <= MOST.get(field.name, 1e9) or value == 0 == LEAST.get(field.name)):
             raise InputError(f"{file}: {field.name}={value!r} should be above 0 and at most {MOST.get(field.name, 1e9):.0f}")
         known[field.name] = value
@@ -44,11 +44,6 @@ def _alike(value: Any, default: Any) -> bool:
         return type(value) is type(default)
     kinds = {int: (int,), bool: (bool,), float: (int, float)}[type(default[0])] if default else ()
     return isinstance(value, tuple) and len(value) < 1000 and all(type(each) in kinds and abs(each) < 1e9 for each in value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 100 else f"{text[:100]}..."
 
 
 def _require(file: str, json: Mapping[str, Any], **values: Any) -> None:
@@ -101,7 +96,7 @@ class TransformerConfig:
         if config.hidden_act not in ("silu", "relu2"):
             raise InputError(f"transformer/config.json: hidden_act={config.hidden_act!r} is neither 'silu' nor 'relu2'")
         if scaling is not None and not isinstance(scaling, Mapping):
-            raise InputError(f"transformer/config.json: rope_scaling={_short(scaling)} should be an object")
+            raise InputError(f"transformer/config.json: rope_scaling={shown(scaling)} should be an object")
         if config.num_attention_heads % config.num_key_value_heads:
             raise InputError(
                 f"transformer/config.json: num_key_value_heads={config.num_key_value_heads} does not divide "
@@ -197,11 +192,11 @@ class VAEConfig:
         if not config.z_dim == len(config.latents_mean) == len(config.latents_std):
             raise InputError(f"vae/config.json: latents_mean and latents_std should have z_dim={config.z_dim} values")
         if min(config.latents_std) <= 0:
-            raise InputError(f"vae/config.json: latents_std={_short(config.latents_std)} should be above 0")
+            raise InputError(f"vae/config.json: latents_std={shown(config.latents_std)} should be above 0")
         if not config.dim_mult or min(config.dim_mult) < 1 or len(config.temperal_downsample) != len(config.dim_mult) - 1:
             raise InputError(
-                f"vae/config.json: dim_mult={_short(config.dim_mult)} should be whole numbers above 0, one more than "
-                f"temperal_downsample={_short(config.temperal_downsample)}"
+                f"vae/config.json: dim_mult={shown(config.dim_mult)} should be whole numbers above 0, one more than "
+                f"temperal_downsample={shown(config.temperal_downsample)}"
             )
         # What the architecture makes of them; they are not read on their own.
         pixels = 3 * config.patch_size**2
@@ -258,8 +253,8 @@ class SoundConfig:
         whole = (*config.dec_c_mults, *config.dec_strides)
         if not whole or min(whole) < 1 or len(config.dec_c_mults) != len(config.dec_strides) or len(config.dec_strides) > 16:
             raise InputError(
-                f"{file}: dec_c_mults={_short(config.dec_c_mults)} should be whole numbers above 0, at most 16 and as many as "
-                f"dec_strides={_short(config.dec_strides)}"
+                f"{file}: dec_c_mults={shown(config.dec_c_mults)} should be whole numbers above 0, at most 16 and as many as "
+                f"dec_strides={shown(config.dec_strides)}"
             )
         return config
 

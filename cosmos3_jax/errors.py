@@ -3,6 +3,8 @@
 Everything that a user's files, values or machine can cause is one of these; anything else that is raised is a defect of ours.
 """
 
+from typing import Any
+
 
 class Cosmos3Error(Exception):
     """Whatever this project raises itself."""
@@ -37,4 +39,15 @@ class OutOfMemoryError(RunError):
 class StoppedError(Cosmos3Error):
     """Somebody asked for the end (Ctrl-C, SIGTERM); what is on disk is as if the request had not been started."""
 
-    exit_code = 130
+    def __init__(self, message: str, exit_code: int = 130):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def shown(value: Any) -> str:
+    """A value of any kind, as a sentence can have it."""
+    try:
+        text = repr(value)
+    except Exception:  # a number of too many digits, an object of somebody else's
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:100]}..."

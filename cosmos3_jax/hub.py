@@ -1,5 +1,6 @@
 """Hugging Face repositories: the only file that imports huggingface_hub."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +43,24 @@ def download(repository: str, parts: Sequence[str], *, weights: bool = True) -> 
             f"network, run `hf download {name} {option}--local-dir DIR` (model_index.json, assets and {', '.join(parts)} are "
             "needed), put DIR on this machine, and give its path"
         ) from error
+
+
+def repository(folder: Path) -> str | None:
+    """The id of the repository whose snapshot in Hugging Face's cache this folder is; None for another folder."""
+    kind, *name = folder.parent.parent.name.split("--")
+    return "/".join(name) if folder.parent.name == "snapshots" and kind == "models" else None
+
+
+def revision(folder: Path) -> str | None:
+    """The commit that a folder was downloaded from: a snapshot of the cache, or the work of `hf download --local-dir`."""
+    if repository(folder) is not None:
+        return folder.name
+    record = folder / ".cache" / "huggingface" / "download" / "model_index.json.metadata"  # the commit is its first line
+    try:
+        commit = record.read_text(encoding="ascii").partition("\n")[0]
+    except (OSError, ValueError):
+        return None
+    return commit if re.fullmatch("[0-9a-f]{40}", commit) else None
 
 
 def _first_line(error: Exception) -> str:

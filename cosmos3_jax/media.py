@@ -1,4 +1,4 @@
-"""Images, clips and sounds between files and arrays. The only file that imports imageio.
+"""Images, clips and sounds between files and arrays. The only file that starts ffmpeg.
 
 Conditioning images are prepared as diffusers 0.42.1 does it, to the bit: one uint8 that rounds the other way moves the latents
 more than all our other float32 differences. Files are written under a temporary name and then renamed, so none is ever half
@@ -8,28 +8,40 @@ written.
 import collections
 import contextlib
 import itertools
+import json
 import math
 import os
+import re
 import stat
 import subprocess
 import tempfile
+import threading
 import warnings
 import wave
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import imageio.v3 as imageio
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
 
-from cosmos3_jax.errors import InputError
+from cosmos3_jax.errors import InputError, RunError
 from cosmos3_jax.folder import beside
 
 VIDEO_SUFFIXES = (".mp4",)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SOUND_SUFFIXES = (".wav",)
+MAX_PIXELS = 100_000_000  # of an image that is read, and of a frame
+# What is read. Of Pillow's others some start programs, some hold an image of another size than they say; of ffmpeg's others
+# some follow playlists, to files elsewhere or that never end.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
+CLIP_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,ogg,asf"
+TURNS = "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"
+UPRIGHT = {orientation: Image.Transpose[turn] for orientation, turn in enumerate(TURNS, 2)}  # EXIF's orientations
+PILLOW = threading.RLock()  # for what Pillow and `warnings` have once in a process
 AAC_RATES = (7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 AAC_FRAME = 1024  # samples
 # Of a sound that may be anything, noise too: no part is replaced by noise (pns), no channel by a mixture (is, ms), and six bits
@@ -47,32 +59,123 @@ class Sound(NamedTuple):
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """The image in a file as RGB, upright (EXIF applied). Raises InputError if it cannot be read."""
-    try:
-        with Image.open(path) as file:
-            # a palette may have transparency, and Pillow warns where that would be lost
-            image: Image.Image = file.convert("RGBA") if "transparency" in file.info else file
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError as error:
-        raise InputError(f"image {path}: there is no such file") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: a damaged PNG
-        raise InputError(f"image {path}: not a readable image; PNG, JPEG or WebP is expected ({error})") from error
+    """The image in a file, the first of several, as RGB and upright (EXIF applied). Raises InputError if it cannot be read."""
+    _check_file("image", path)
+    with _pillow(f"image {path}"), _opened(path, IMAGE_FORMATS) as file:
+        image = _rgb(file, f"image {path}")
+        try:
+            turn = UPRIGHT.get(file.getexif().get(ExifTags.Base.Orientation, 1))
+        except Exception:  # damaged EXIF says nothing
+            turn = None
+        return image if turn is None else image.transpose(turn)
 
 
 def open_clip(path: str | Path, count: int, keep: str = "first") -> list[Image.Image]:
-    """The first or last `count` frames of a video file. Raises InputError if it cannot be read."""
-    if not Path(path).is_file():
-        raise InputError(f"video {path}: there is no such file")
+    """The first or last `count` frames of a video file, RGB and upright. Raises InputError if it cannot be read."""
+    _check_file("video", path)
     try:
-        frames: Any = imageio.imiter(path, plugin="FFMPEG")
-        with _quiet_fork(), contextlib.closing(frames):
-            chosen = itertools.islice(frames, count) if keep == "first" else collections.deque(frames, count)
-            clip = [Image.fromarray(frame) for frame in chosen]
-    except (OSError, ValueError, RuntimeError, IndexError, StopIteration) as error:
-        raise InputError(f"video {path}: not a readable video; MP4 with H.264 is expected") from error
-    if not clip:
-        raise InputError(f"video {path}: it has no frames")
-    return clip
+        with contextlib.closing(_frames(path)) as frames:
+            return list(itertools.islice(frames, count) if keep == "first" else collections.deque(frames, count))
+    except OSError as error:
+        raise InputError(f"video {path}: not a readable video; MP4 with H.264 is expected ({error})") from error
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata that `write` put into an .mp4 or .png. Raises InputError if there is none."""
+    path = Path(path)
+    _check_file("file", path)
+    text: Any = None
+    if path.suffix.lower() == ".png":
+        with _pillow(f"file {path}"), _opened(path, ("PNG",)) as file:
+            text = file.info.get("comment")
+    else:
+        with contextlib.suppress(OSError):
+            tags = _ffmpeg("-format_whitelist", "mov", "-i", f"file:{path}", "-f", "ffmetadata", "-").decode(errors="replace")
+            if comment := re.search("^comment=(.*)$", tags, re.MULTILINE):
+                text = re.sub(r"\\(.)", r"\1", comment[1])
+    try:
+        metadata = json.loads(text or "null")
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise InputError(f"file {path}: holds no metadata; an .mp4 or .png that this project wrote is expected")
+    return metadata
+
+
+def _check_file(what: str, path: str | Path) -> None:
+    """Raises InputError unless it is a regular file: of others some never end, or never begin."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        raise InputError(f"{what} {path}: there is no such file") from error
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise InputError(f"{what} {path}: cannot be read ({error})") from error
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{what} {path}: not a readable {what}; a regular file is expected")
+
+
+@contextlib.contextmanager
+def _pillow(what: str) -> Iterator[None]:
+    """Pillow without its warnings, and its errors as InputError: of a damaged file it raises nearly anything."""
+    try:
+        with PILLOW, warnings.catch_warnings(action="ignore"):
+            yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: not a readable image; PNG, JPEG or WebP is expected ({error})") from error
+
+
+def _opened(path: str | Path, formats: tuple[str, ...]) -> Image.Image:
+    """An image of which only the header has been read, however large it is: Pillow's own limit would not tell its size."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        return Image.open(path, formats=formats)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _rgb(image: Image.Image, what: str) -> Image.Image:
+    """The image as RGB; what is transparent has the colour that is stored for it. Raises InputError if it cannot be read.
+
+    Unlike diffusers: 16-bit gray is scaled to 8 bits, and floats mean what they mean in an array; there, all above 255 is
+    white. 32-bit integers are 16-bit gray if any of them is above 255.
+    """
+    if not 0 < image.width * image.height <= MAX_PIXELS:
+        raise InputError(f"{what}: {image.width}x{image.height} pixels; 1 to {MAX_PIXELS:,} in all are expected")
+    with _pillow(what):
+        if image.mode.startswith(("F", "I")):  # F, I, I;16, I;16B
+            values = np.asarray(image)
+            if image.mode.startswith("I;") or (image.mode == "I" and values.max() > 255):
+                values = np.rint(values / 257).astype(np.int32)
+            image = Image.fromarray(np.rint(_levels(what, values)).astype(np.uint8))
+        if "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image.convert("RGB")
+
+
+def _frames(path: str | Path) -> Generator[Image.Image]:
+    """The frames of a video file one by one. Raises OSError if there are none, or not all; ffmpeg ends when this does."""
+    command = _command("-format_whitelist", CLIP_FORMATS, "-max_pixels", str(MAX_PIXELS), "-i", f"file:{path}")
+    command += ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
+    found = False
+    with tempfile.TemporaryFile() as log:
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, process_group=0) as ffmpeg:
+            assert ffmpeg.stdout is not None
+            try:
+                while len(header := [ffmpeg.stdout.readline() for _ in range(3)][1].split()) == 2:
+                    width, height = map(int, header)
+                    pixels = ffmpeg.stdout.read(3 * width * height)
+                    if len(pixels) < 3 * width * height:
+                        break
+                    yield Image.frombytes("RGB", (width, height), pixels)
+                    found = True
+                ffmpeg.wait()
+            finally:
+                ffmpeg.kill()
+        if not found or ffmpeg.returncode < 0:  # of what is damaged there may be frames, but not of what killed ffmpeg
+            log.seek(0)
+            raise OSError(_reason(log.read(), ffmpeg.returncode))
 
 
 def fit_image(image: Image.Image | np.ndarray, height: int, width: int) -> np.ndarray:
@@ -82,22 +185,25 @@ def fit_image(image: Image.Image | np.ndarray, height: int, width: int) -> np.nd
     [0, 255]. Raises InputError for other values. Source: diffusers 0.42.1, `_preprocess_conditioning_image`.
     """
     if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGB"))
-    pixels = _array("image", image, "[height, width, 3]")
-    is_float = pixels.dtype.kind == "f"
-    pixels = pixels.astype(np.float32)
-    if not np.isfinite(pixels).all() or pixels.max() > 255 or pixels.min() < (-1 if is_float else 0):
-        raise InputError("image: integers in [0, 255], or floats in [0, 1], [-1, 1] or [0, 255], are expected")
-    if is_float and pixels.min() < 0:
-        pixels = (pixels + 1) * np.float32(127.5)
-    elif is_float and pixels.max() <= 1:
-        pixels = pixels * np.float32(255)
+        image = np.asarray(_rgb(image, "image"))
+    pixels = _levels("image", _array("image", image, "[height, width, 3]"))
     scale = max(width / pixels.shape[1], height / pixels.shape[0])
     rows, columns = math.ceil(scale * pixels.shape[0]), math.ceil(scale * pixels.shape[1])
     top, left = round((rows - height) / 2), round((columns - width) / 2)
     pixels = resize(pixels, columns, range(left, left + width), axis=1)
     pixels = resize(pixels, rows, range(top, top + height), axis=0)
     return np.clip(np.round(pixels), 0, 255) / np.float32(127.5) - 1
+
+
+def _levels(what: str, array: np.ndarray) -> np.ndarray:
+    """The array as float32 in [0, 255]. Raises InputError for values that `fit_image` does not take."""
+    is_float = array.dtype.kind == "f"
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all() or array.max() > 255 or array.min() < (-1 if is_float else 0):
+        raise InputError(f"{what}: integers in [0, 255], or floats in [0, 1], [-1, 1] or [0, 255], are expected")
+    if is_float and array.min() < 0:
+        return (array + 1) * np.float32(127.5)
+    return array * np.float32(255) if is_float and array.max() <= 1 else array
 
 
 def resize(x: np.ndarray, size: int, part: range, axis: int) -> np.ndarray:
@@ -136,7 +242,7 @@ def fit_clip(frames: Sequence[Image.Image] | np.ndarray, height: int, width: int
     `VideoProcessor.preprocess_video`. Unlike diffusers: uint8 arrays mean [0, 255]; there they would be taken for [0, 1].
     """
     if isinstance(frames, Sequence) and len(frames) > 0 and all(isinstance(frame, Image.Image) for frame in frames):
-        resized = [frame.resize((width, height), Image.Resampling.BILINEAR).convert("RGB") for frame in frames[part]]
+        resized = [_rgb(frame, "video").resize((width, height), Image.Resampling.BILINEAR) for frame in frames[part]]
         unit = np.stack([np.asarray(frame) for frame in resized]).astype(np.float32) / 255
         return 2 * unit - 1
     array = _array("video", frames, "[frames, height, width, 3]")
@@ -193,28 +299,44 @@ def check_writable(path: Path, num_frames: int, *, has_sound: bool = False) -> N
         raise InputError(f"{path}: no file can be written there")
 
 
-def write(path: Path, frames: np.ndarray, fps: float, sound: Sound | None = None) -> None:
+def write(
+    path: Path, frames: np.ndarray, fps: float, sound: Sound | None = None, metadata: Mapping[str, Any] | None = None
+) -> None:
     """Writes uint8 frames [t, h, w, 3] as H.264 (yuv420p, plays everywhere), with the sound as AAC; one frame as a picture; or
     the sound alone as 16-bit PCM.
 
-    The sound of a video is made as long as the video. Raises InputError where that cannot be; then nothing has changed.
+    The sound of a video is made as long as the video. Metadata, which JSON can hold, goes into an .mp4 or .png, to be read by
+    `read_metadata`; other files have none. Raises InputError where no such file can be written, RunError if it goes wrong on
+    the way; then nothing has changed.
     """
     check_writable(path, len(frames), has_sound=sound is not None)
-    if sound is not None and not np.isfinite(sound.wave_cn).all():
-        raise InputError(f"{path}: the sound has values that are no numbers")
     if sound is not None and len(sound.wave_cn) > 2 and path.suffix.lower() in VIDEO_SUFFIXES:
         raise InputError(f"{path}: one or two channels are written beside a video, not {len(sound.wave_cn)}; write a .wav")
+    if sound is not None and not np.isfinite(sound.wave_cn).all():
+        raise RunError(f"{path}: the sound has values that are no numbers")
+    comment = "" if metadata is None else json.dumps(dict(metadata))
     try:
         with beside(path) as partial:
             if path.suffix.lower() in IMAGE_SUFFIXES:
-                Image.fromarray(frames[0]).save(partial, quality=95)
+                _write_image(partial, frames[0], comment)
             elif path.suffix.lower() in SOUND_SUFFIXES:
                 assert sound is not None
                 _write_wav(partial, sound)
             else:
-                _encode(partial, frames, fps, sound)
+                _encode(partial, frames, fps, sound, comment)
     except OSError as error:
-        raise InputError(f"{path}: could not be written ({error})") from error
+        raise RunError(f"{path}: could not be written ({error})") from error
+
+
+def _write_image(path: Path, frame: np.ndarray, comment: str) -> None:
+    """Raises OSError if it cannot be written."""
+    info = PngInfo()
+    if comment:
+        info.add_text("comment", comment)
+    try:
+        Image.fromarray(frame).save(path, quality=95, pnginfo=info)
+    except ValueError as error:  # a WebP larger than there can be
+        raise OSError(error) from error
 
 
 def _write_wav(path: Path, sound: Sound) -> None:
@@ -230,32 +352,22 @@ def _pcm(sound: Sound) -> bytes:
     return np.rint(np.clip(sound.wave_cn, -1, 1) * 32767).astype("<i2").T.tobytes()
 
 
-def _encode(path: Path, frames: np.ndarray, fps: float, sound: Sound | None) -> None:
-    """Raises OSError if not all of it was written: ffmpeg may fail as it is closed, and imageio does not say so."""
-    with _quiet_fork(), tempfile.TemporaryDirectory() as scratch:
-        audio: dict[str, str] = {}
+def _encode(path: Path, frames: np.ndarray, fps: float, sound: Sound | None, comment: str) -> None:
+    """Raises OSError if not all of it was written."""
+    count, height, width, _ = frames.shape
+    with tempfile.TemporaryDirectory() as scratch:
+        tags = Path(scratch) / "tags.txt"  # no argument of a process may be as long as a prompt
+        escaped = re.sub(r"[=;#\\]", r"\\\g<0>", comment)
+        tags.write_text(";FFMETADATA1\n" + (f"comment={escaped}\n" if comment else ""), encoding="ascii")
+        inputs = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+        inputs += ["-r", str(Fraction(fps).limit_denominator()), "-i", "-", "-f", "ffmetadata", "-i", str(tags)]
+        output = ["-map", "0:v", "-map_metadata", "1", "-c:v", "libx264", "-crf", "10", "-pix_fmt", "yuv420p"]
         if sound is not None:
-            samples = round(len(frames) / fps * sound.sample_rate)
-            sound = Sound(_fit_length(sound.wave_cn, samples), sound.sample_rate)
-            audio = {"audio_path": str(_encode_sound(Path(scratch), sound)), "audio_codec": "copy"}
-        imageio.imwrite(
-            path,
-            frames,
-            plugin="FFMPEG",
-            fps=fps,
-            codec="libx264",
-            pixelformat="yuv420p",
-            quality=8,  # of 10
-            macro_block_size=1,  # do not resize: sizes are multiples of 16 already
-            output_params=["-movflags", "+faststart"],
-            **audio,
-        )
-        try:
-            written, _ = imageio_ffmpeg.count_frames_and_secs(path)
-        except RuntimeError:
-            written = 0
-        if written != len(frames):
-            raise OSError(f"ffmpeg wrote {written} of {len(frames)} frames; is the disk full?")
+            sound = Sound(_fit_length(sound.wave_cn, round(count / fps * sound.sample_rate)), sound.sample_rate)
+            inputs += ["-i", str(_encode_sound(Path(scratch), sound))]
+            output += ["-map", "2:a", "-c:a", "copy"]
+        pixels = np.ascontiguousarray(frames).data.cast("B")
+        _ffmpeg(*inputs, *output, "-movflags", "+faststart", f"file:{path}", given=pixels)
         if sound is not None:
             _heard(path, sound)
 
@@ -277,28 +389,38 @@ def _encode_sound(folder: Path, sound: Sound) -> Path:
 def _heard(path: Path, sound: Sound) -> np.ndarray:
     """The sound that a file decodes to, [channels, samples]. Raises OSError if it is shorter or longer than `sound`."""
     channels, samples = sound.wave_cn.shape
-    pcm = _ffmpeg("-i", str(path), "-map", "0:a:0", "-f", "f32le", "-ar", str(sound.sample_rate), "-")
+    pcm = _ffmpeg("-i", f"file:{path}", "-map", "0:a:0", "-f", "f32le", "-ar", str(sound.sample_rate), "-")
     heard = np.frombuffer(pcm, np.float32).reshape(-1, channels).T
     if not samples - 16 <= heard.shape[1] < samples + AAC_FRAME:  # resampled; some ffmpegs decode the last frame whole
         raise OSError(f"ffmpeg wrote {heard.shape[1]} of {samples} samples of sound; is the disk full?")
     return _fit_length(heard, samples)
 
 
-def _ffmpeg(*arguments: str, given: bytes = b"") -> bytes:
+def _ffmpeg(*arguments: str, given: bytes | memoryview = b"") -> bytes:
     """What ffmpeg writes to its standard output. Raises OSError if it fails."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *arguments]
-    done = subprocess.run(command, input=given, capture_output=True, check=False)
-    if done.returncode:
-        raise OSError(f"ffmpeg: {done.stderr.decode(errors='replace').strip()[-200:]}")
+    command = _command("-y", *arguments)
+    done = subprocess.run(command, input=given, capture_output=True, check=False, process_group=0)
+    if done.returncode or b"Error writing" in done.stderr:  # ffmpeg 4.2 returns 0 when the disk is full; 7.0 does not
+        raise OSError(_reason(done.stderr, done.returncode))
     return done.stdout
+
+
+def _command(*arguments: str) -> list[str]:
+    """To be run in a process group of its own: Ctrl-C is for us to answer. Raises OSError if there is no ffmpeg."""
+    try:
+        return [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *arguments]
+    except RuntimeError as error:
+        raise OSError(error) from error
+
+
+def _reason(log: bytes, code: int) -> str:
+    """Why ffmpeg failed: the first line of what it says, without who says it; what follows is the consequence."""
+    line = log.decode(errors="replace").strip().partition("\n")[0]
+    line = re.sub(r"^(\[[^]]*] ?)+", "", line)
+    return f"ffmpeg ended with {code}: {line[:200]}"
 
 
 def _fit_length(wave_cn: np.ndarray, samples: int) -> np.ndarray:
     """The sound cut off, or with silence at its end."""
     cut = wave_cn[:, :samples]
     return np.pad(cut, ((0, 0), (0, samples - cut.shape[1])))
-
-
-def _quiet_fork() -> warnings.catch_warnings:
-    """Without JAX's warning that a fork can deadlock: imageio's child starts ffmpeg at once and never touches JAX."""
-    return warnings.catch_warnings(action="ignore", category=RuntimeWarning)

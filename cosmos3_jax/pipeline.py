@@ -1,7 +1,7 @@
 """The plot: from a request to a video. The only file that knows the order.
 
-    prompt.tokenize -> positions.layout -> media, VAE.encode -> UndTower.prefill -> sampler.denoise
-                    -> VAE.decode, SoundDecoder.decode
+    safety.check_prompt -> prompt.tokenize -> positions.layout -> media, VAE.encode -> UndTower.prefill -> sampler.denoise
+                        -> VAE.decode, SoundDecoder.decode -> safety.check_video
 
 What is jitted are plain functions of networks (weights.py) and arrays.
 """
@@ -9,33 +9,34 @@ What is jitted are plain functions of networks (weights.py) and arrays.
 import contextlib
 import dataclasses
 import functools
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 from tqdm import tqdm
 
-from cosmos3_jax import media, positions, sampler
+from cosmos3_jax import media, positions, safety, sampler
 from cosmos3_jax.axes import make_mesh, picture_mesh, place
+from cosmos3_jax.callback import on_step
 from cosmos3_jax.checkpoint import Checkpoint, load
 from cosmos3_jax.compilation_cache import use_compilation_cache
 from cosmos3_jax.config import VAEConfig
 from cosmos3_jax.errors import InputError
-from cosmos3_jax.latents import Latents
+from cosmos3_jax.latents import Latents, noise, private, public
 from cosmos3_jax.models.layers import Rotary
 from cosmos3_jax.models.transformer import Prefix
 from cosmos3_jax.models.vae import uint8, unit
 from cosmos3_jax.networks import QUANTIZE, TEXT_TOWER, Residence, abstract_networks
 from cosmos3_jax.processes import agree, is_first
 from cosmos3_jax.prompt import load_tokenizer, pad, system_prompt, texts, tokenize
+from cosmos3_jax.provenance import provenance
 from cosmos3_jax.request import Request, ResolvedRequest, resolve
 from cosmos3_jax.result import Result
+from cosmos3_jax.stage import memory_told, timed
 from cosmos3_jax.weights import Network
 
 DTYPES = ("float32", "bfloat16")
@@ -80,9 +81,18 @@ def velocity(inputs: tuple[Network, Rotary, Prefix], x: Latents, timestep: Any, 
 class Cosmos3Pipeline:
     """A checkpoint on a mesh, ready to generate."""
 
-    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, mesh: Mesh, dtype: str, residence: Residence):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokenizer: Any,
+        mesh: Mesh,
+        dtype: str,
+        residence: Residence,
+        safety_checker: safety.SafetyChecker | None = None,
+    ):
         self.checkpoint, self.tokenizer, self.mesh, self.residence = checkpoint, tokenizer, mesh, residence
         self.dtype = dtype  # of weights and activations; the timestep embedding and the sampler are float32 in any case
+        self.safety_checker = safety_checker
 
     @classmethod
     def from_pretrained(
@@ -94,6 +104,7 @@ class Cosmos3Pipeline:
         text_tower: str = "auto",
         quantize: str | None = None,
         sound: bool = True,
+        safety_checker: safety.SafetyChecker | bool | None = None,
         progress: bool = True,
     ) -> Self:
         """Loads a folder in the published layout, one that `python -m convert` wrote, or a Hugging Face repository id.
@@ -102,7 +113,8 @@ class Cosmos3Pipeline:
         `text_tower` is what becomes of the text tower after a prompt: "keep", "host" (waits in host memory) or "drop" (read
         again for the next one); "auto" keeps it unless memory is short (networks.py). Only what is kept is loaded now, and
         the sound decoder at the first sound; without `sound` it is not even downloaded. `quantize="fp8"` halves the memory of
-        the generating tower's matrices, and is not exact (quantization.py). What is compiled from now on is kept for the next
+        the generating tower's matrices, and is not exact (quantization.py). `safety_checker` is one, or whether
+        `cosmos_guardrail` is to be it; None: if it is installed (safety.py). What is compiled from now on is kept for the next
         process (compilation_cache.py).
         Raises InputError for a folder, a mesh or tensors that do not fit, before any weight is read.
         """
@@ -110,15 +122,13 @@ class Cosmos3Pipeline:
         mesh = make_mesh() if mesh is None else mesh
         if not isinstance(mesh, Mesh) or mesh.axis_names != ("cfg", "tp") or AxisType.Explicit in mesh.axis_types:
             raise InputError(f"mesh: one that make_mesh(cfg, tp) makes is expected, not {mesh!r}")
-        if dtype is None:
-            dtype = "bfloat16" if mesh.devices.flat[0].platform == "gpu" else "float32"
-        if dtype not in DTYPES:
-            raise InputError(f"dtype={dtype!r}: one of {', '.join(DTYPES)} is expected")
+        dtype = dtype_on(mesh, dtype)
         if text_tower not in TEXT_TOWER:
             raise InputError(f"text_tower={text_tower!r}: one of {', '.join(TEXT_TOWER)} is expected")
         if quantize not in QUANTIZE:
             raise InputError(f'quantize={quantize!r}: None or "fp8" is expected')
         checkpoint.transformer.check_tensor_parallel(mesh.shape["tp"])
+        checker = safety.chosen(safety_checker)
         sound = checkpoint.sound is not None and checkpoint.transformer.sound_gen
         checkpoint = Checkpoint.open(path, sound=sound)  # the weights are downloaded now that nothing else is wrong
         tokenizer = load_tokenizer(checkpoint.folder / "text_tokenizer", checkpoint.transformer.vocab_size)
@@ -128,8 +138,9 @@ class Cosmos3Pipeline:
         residence = Residence(fill, networks, mesh, text_tower, quantize=quantize)
         if residence.text_tower == "keep":
             for part in ("und", "gen", "vae"):
-                residence.bring(part, progress=progress)
-        return cls(checkpoint, tokenizer, mesh, dtype, residence)
+                with memory_told("load"):
+                    residence.bring(part, progress=progress)
+        return cls(checkpoint, tokenizer, mesh, dtype, residence, checker)
 
     def __call__(
         self,
@@ -163,7 +174,9 @@ class Cosmos3Pipeline:
 
         `callback_on_step_end(step, timestep, latents [1, c, t, h, w])` may return new latents, or False to end the run after
         this step; with `steps_per_call` > 1 it is called for the last step of each call. Of several processes, each calls the
-        pipeline, and all callbacks must answer the same. Raises InputError for a value that cannot be used.
+        pipeline, and all callbacks must answer the same; `decode` makes a preview of latents. What a callback raises ends the
+        run, and the pipeline can go on with another. Raises InputError for a value that cannot be used, BlockedError for what
+        the safety checker does not let pass, OutOfMemoryError, and RunError for latents that are no numbers.
         """
         asked = {name: value for name, value in locals().items() if name not in ("self", "callback_on_step_end", "progress")}
         return self.run(Request(**asked), callback_on_step_end=callback_on_step_end, progress=progress)
@@ -175,40 +188,67 @@ class Cosmos3Pipeline:
         request = open_media(request, checkpoint.vae)
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise InputError(f"callback_on_step_end: a function is expected, not {type(callback_on_step_end).__name__}")
-        noise = self._noise(request)
-        steps = self._steps(request, jax.tree.map(lambda draws: draws[1:], noise))
+        if self.safety_checker is not None:
+            safety.check_prompt(self.safety_checker, request.prompt)
+        metadata = self.metadata(request)
+        with memory_told("noise"):
+            draws = self._noise(request)
+        steps = self._steps(request, jax.tree.map(lambda each: each[1:], draws))
         seconds: dict[str, float] = {}
         stage = functools.partial(self._stage, seconds, progress)
-        precision = "highest" if self.dtype == "float32" else None  # else GPUs round float32 to TF32, 10 bits
-        with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
-            with _timed(seconds, "tokenize"):
+        with jax.set_mesh(self.mesh), jax.default_matmul_precision(self._precision):
+            with timed(seconds, "tokenize"):
                 ids_BS, length_B = token_ids(request, checkpoint, self.tokenizer, self.mesh.shape["cfg"])
-            shapes = jax.tree.map(np.shape, noise)
+            shapes = jax.tree.map(np.shape, draws)
             agree([request.num_frames, request.height, request.width, request.seed, shapes, steps, ids_BS.tolist()])
             text, generated = self._rotary(request, ids_BS, length_B)
             given = self._encode_given(request, stage)
             prefix = stage("prefill", "und", lambda und: prefill(und, ids_BS, length_B, text))
-            start = place(self.mesh, jax.tree.map(lambda draws: draws[0], noise))
-            on_step = callback_on_step_end and _public_callback(callback_on_step_end, steps, self.mesh)
+            start = place(self.mesh, jax.tree.map(lambda each: each[0], draws))
+            between = None if callback_on_step_end is None else on_step(callback_on_step_end, steps, self.mesh)
 
             def denoise(gen: Network) -> sampler.State:
                 with _progress_bar(request, progress) as on_progress:
                     inputs, per_call = (gen, generated, prefix), request.steps_per_call
                     return sampler.denoise(
-                        velocity, inputs, start, given, steps, steps_per_call=per_call, on_step=on_step, on_progress=on_progress
+                        velocity, inputs, start, given, steps, steps_per_call=per_call, on_step=between, on_progress=on_progress
                     )
 
             state = stage("denoise", "gen", denoise)
             latents, prefix = state.sample, None  # room for the decoder
-            video = self._decode(latents.video, request.output_type, stage)
+            video = self._video(latents.video, request.output_type, stage)
             sound, sample_rate = self._decode_sound(latents.sound, request.output_type, stage)
-        return Result(video, float(request.fps), seconds, sound, sample_rate, int(state.computed))
+        if (computed := int(state.computed)) < request.num_inference_steps:  # a step cache, or a callback that ended the run
+            metadata["computed_steps"] = computed
+        return Result(video, float(request.fps), seconds, sound, sample_rate, computed, metadata)
+
+    def decode(self, latents: Any, *, progress: bool = False) -> np.ndarray:
+        """The frames, float32 [t, h, w, 3] in [0, 1], of normalized latents [1, c, t, h, w], such as a callback is given.
+
+        A preview takes the first latent frames, `latents[:, :, :2]`: frames depend on none that are later. What it shows is as
+        noisy as the step. No safety checker sees it. Raises InputError for another shape.
+        """
+        array, z_dim = np.asarray(latents), self.checkpoint.vae.z_dim
+        if array.ndim != 5 or array.shape[:2] != (1, z_dim) or array.size == 0 or array.dtype.kind not in "fV":
+            raise InputError(f"latents: floats [1, {z_dim}, t, h, w] are expected, not {list(array.shape)} of {array.dtype}")
+        with jax.set_mesh(self.mesh), jax.default_matmul_precision(self._precision):
+            latents_thwc = place(self.mesh, private(array))
+            return self._frames(latents_thwc, unit, functools.partial(self._stage, {}, progress))
+
+    def metadata(self, request: ResolvedRequest) -> dict[str, Any]:
+        """All that its result depends on, as JSON has it (provenance.py)."""
+        quantize, guardrails = self.residence.quantize, safety.name(self.safety_checker)
+        return provenance(request, self.checkpoint, self.mesh, self.dtype, quantize=quantize, guardrails=guardrails)
+
+    @property
+    def _precision(self) -> str | None:
+        return "highest" if self.dtype == "float32" else None  # else GPUs round float32 to TF32, 10 bits
 
     def _stage(self, seconds: dict[str, float], progress: bool, name: str, part: str, run: Callable[[Network], Any]) -> Any:
         """What `run` makes of a network, which is on the devices for as long as that takes."""
-        with _timed(seconds, "load"):
+        with timed(seconds, "load"):
             network = self.residence.bring(part, progress=progress)
-        with _timed(seconds, name):
+        with timed(seconds, name):
             result = jax.block_until_ready(run(network))
         del network
         self.residence.release(part)
@@ -247,22 +287,14 @@ class Cosmos3Pipeline:
         return np.pad(frames, ((0, count - len(frames)), (0, 0), (0, 0), (0, 0)), mode="edge")
 
     def _noise(self, request: ResolvedRequest) -> Latents:
-        """Float32, the same on every mesh, [n] in front: what to start from, and what stochastic steps add one by one.
-
-        Unlike diffusers: numpy's, as in NVIDIA's own framework; video and sound each from the beginning of its stream.
-        """
+        """Of the request's latents, [n] in front: what to start from, and what stochastic steps add one by one."""
         draws = len(self.checkpoint.scheduler.distilled_sigmas) or 1
-
-        def draw(shape: tuple[int, ...], given: Any) -> np.ndarray:
-            noise = np.random.RandomState(request.seed).standard_normal((draws, *shape)).astype(np.float32)
-            if given is not None:
-                noise[:1] = given
-            return np.moveaxis(noise, 1, -1)
-
-        video, sound = draw((self.checkpoint.vae.z_dim, *self._latent_shape(request)), request.latents), None
-        if frames := request.sound_frames(self.checkpoint.sound):
-            sound = draw((self.checkpoint.transformer.sizes["A"], frames), request.sound_latents)
-        return Latents(video, sound)
+        shape, frames = self._latent_shape(request), request.sound_frames(self.checkpoint.sound)
+        video = noise(request.seed, (draws, self.checkpoint.vae.z_dim, *shape), request.latents)
+        if not frames:
+            return Latents(video)
+        channels = self.checkpoint.transformer.sizes["A"]
+        return Latents(video, noise(request.seed, (draws, channels, frames), request.sound_latents))
 
     def _steps(self, request: ResolvedRequest, fresh: Latents) -> sampler.Steps:
         scheduler = self.checkpoint.scheduler
@@ -273,13 +305,17 @@ class Cosmos3Pipeline:
         steps = sampler.unipc_steps(sigma, guidance_scale, scheduler.num_train_timesteps)
         return sampler.with_reuse(steps, request.step_cache) if request.step_cache else steps
 
-    def _decode(self, latents_thwc: jax.Array, output_type: str, stage: Stage) -> Any:
+    def _video(self, latents_thwc: jax.Array, output_type: str, stage: Stage) -> Any:
         if output_type == "latent":
-            return np.asarray(_public(latents_thwc))
-        finish = unit if output_type == "np" else uint8
-        with jax.set_mesh(picture_mesh(self.mesh, *latents_thwc.shape[1:3])):
-            frames = stage("decode", "vae", lambda vae: np.asarray(decode(vae, latents_thwc, finish)))
+            return np.asarray(public(latents_thwc))
+        frames = self._frames(latents_thwc, unit if output_type == "np" else uint8, stage)
+        if self.safety_checker is not None:
+            frames = safety.check_video(self.safety_checker, frames)
         return frames if output_type == "np" else media.images(frames)
+
+    def _frames(self, latents_thwc: jax.Array, finish: Callable, stage: Stage) -> np.ndarray:
+        with jax.set_mesh(picture_mesh(self.mesh, *latents_thwc.shape[1:3])):
+            return stage("decode", "vae", lambda vae: np.asarray(decode(vae, latents_thwc, finish)))
 
     def _decode_sound(self, latents_sc: jax.Array | None, output_type: str, stage: Stage) -> tuple[Any, int | None]:
         """(waveform, its sample rate), (latents, None) or, without sound, (None, None)."""
@@ -289,6 +325,15 @@ class Cosmos3Pipeline:
             return np.asarray(latents_sc).T, None
         wave_nc = stage("decode_sound", "sound", lambda sound: np.asarray(decode_sound(sound, latents_sc)))
         return wave_nc.T, self.checkpoint.sound.sampling_rate
+
+
+def dtype_on(mesh: Mesh, asked: str | None) -> str:
+    """The dtype of weights and activations. Raises InputError for one that is none."""
+    if asked is None:
+        return "bfloat16" if mesh.devices.flat[0].platform == "gpu" else "float32"
+    if asked not in DTYPES:
+        raise InputError(f"dtype={asked!r}: one of {', '.join(DTYPES)} is expected")
+    return asked
 
 
 def token_ids(request: ResolvedRequest, checkpoint: Checkpoint, tokenizer: Any, cfg: int) -> tuple[np.ndarray, np.ndarray]:
@@ -319,37 +364,6 @@ def open_media(request: ResolvedRequest, vae: VAEConfig) -> ResolvedRequest:
 def frames_needed(request: ResolvedRequest, vae: VAEConfig) -> int:
     """The frames that the last given latent frame sees."""
     return max(request.condition_frame_indexes_vision) * vae.scale_factor_temporal + 1
-
-
-def _public(latents_thwc: jax.Array) -> jax.Array:
-    """[t, h, w, c] as the interface has it, [1, c, t, h, w]."""
-    return jnp.moveaxis(latents_thwc, -1, 0)[None]
-
-
-def _public_callback(callback: Callable, steps: sampler.Steps, mesh: Mesh) -> sampler.OnStep:
-    """The user's callback as the sampler calls it."""
-
-    def on_step(step: int, latents_thwc: jax.Array) -> Any:
-        timestep = float(steps.timestep[step])
-        answer = callback(step, int(timestep) if timestep.is_integer() else timestep, _public(latents_thwc))
-        if answer is None:
-            return None
-        if isinstance(answer, bool | np.bool_):
-            return bool(answer)
-        expected = (1, latents_thwc.shape[-1], *latents_thwc.shape[:-1])
-        if getattr(answer, "shape", None) != expected:
-            what = f"an array of shape {answer.shape}" if hasattr(answer, "shape") else type(answer).__name__
-            raise InputError(f"callback_on_step_end returned {what}; latents {expected}, False or None are expected")
-        return place(mesh, np.moveaxis(np.asarray(answer, np.float32)[0], 0, -1))
-
-    return on_step
-
-
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[stage] = round(seconds.get(stage, 0) + time.perf_counter() - start, 4)
 
 
 @contextlib.contextmanager

@@ -103,6 +103,11 @@ def agree(what: object) -> None:
             raise InputError("the processes were asked for different things; give all the same flags and files") from error
 
 
+def told(value: int) -> int:
+    """What the first process gives."""
+    return int(multihost_utils.broadcast_one_to_all(np.int64(value))) if are_several() else value
+
+
 def is_first() -> bool:
     """Whether this process speaks and writes for all; alone, it does."""
     return not are_several() or jax.process_index() == 0

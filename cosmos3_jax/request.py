@@ -1,22 +1,28 @@
-"""What is asked of the pipeline: every setting with its default, and the checks that need no weights.
+"""What is asked of the pipeline: every setting with its default, the checks that need no weights, and how it is put on record.
 
 Names are those of diffusers where it has them.
 """
 
 import dataclasses
+import hashlib
+import math
 import numbers
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 
 from cosmos3_jax.config import UNIPC, SchedulerConfig, SoundConfig, TransformerConfig, VAEConfig
-from cosmos3_jax.errors import InputError
+from cosmos3_jax.errors import InputError, shown
 from cosmos3_jax.prompt import STYLES, Metadata
 from cosmos3_jax.sampler import GRIDS
 
 OUTPUT_TYPES = ("np", "pil", "latent")
+# The most that is possible: H.264 has no larger pictures, and a sampler no more steps than the model has timesteps.
+MOST = {"height": 16384, "width": 16384, "num_inference_steps": 1000, "steps_per_call": 1000, "seed": 2**32 - 1}
+MOST_TOKENS = 1 << 20  # generated ones, of the latents' patches; 189 frames of 720p are 44,160
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +87,7 @@ def resolve(
     if isinstance(request, ResolvedRequest):
         return request
     _check_types(request)
-    _check_sizes(request, vae)
+    _check_sizes(request, transformer, vae)
     _check_given(request, vae)
     if request.latents is not None:
         shape = (1, vae.z_dim, *vae.latent_shape(request.num_frames, request.height, request.width))
@@ -132,9 +138,9 @@ def _check_types(request: Request) -> None:
     for name, least in at_least.items():
         value = getattr(request, name)
         if not _is_whole(value, least) and not (value is None and name == "num_inference_steps"):
-            raise InputError(f"{name}={value!r}: a whole number of at least {least} is expected")
-    if request.seed >= 2**32:
-        raise InputError(f"seed={request.seed}: it must be below 2^32 = {2**32}")
+            raise InputError(f"{name}={shown(value)}: a whole number of at least {least} is expected")
+        if value is not None and value > MOST.get(name, math.inf):
+            raise InputError(f"{name}={shown(value)}: at most {MOST[name]} is possible")
     ranges: dict[str, tuple[float, float]] = {
         "fps": (0.1, 1000),
         "flow_shift": (0.01, 1000),
@@ -144,9 +150,9 @@ def _check_types(request: Request) -> None:
     for name, (low, high) in ranges.items():
         value = getattr(request, name)
         if not _is_within(value, low, high) and not (value is None and name not in ("fps", "step_cache")):
-            raise InputError(f"{name}={value!r}: a number from {low} to {high} is expected")
+            raise InputError(f"{name}={shown(value)}: a number from {low} to {high} is expected")
     if not isinstance(request.enable_sound, bool | np.bool_):
-        raise InputError(f"enable_sound={request.enable_sound!r}: True or False is expected")
+        raise InputError(f"enable_sound={shown(request.enable_sound)}: True or False is expected")
     choices = {
         "sigmas": GRIDS,
         "prompt_style": STYLES,
@@ -156,7 +162,7 @@ def _check_types(request: Request) -> None:
     for name, allowed in choices.items():
         value = getattr(request, name)
         if not isinstance(value, str) or value not in allowed:
-            raise InputError(f"{name}={value!r}: one of {', '.join(allowed)} is expected")
+            raise InputError(f"{name}={shown(value)}: one of {', '.join(allowed)} is expected")
 
 
 def _check_sound(request: Request, transformer: TransformerConfig, sound: SoundConfig | None) -> None:
@@ -181,7 +187,7 @@ def _check_latents(name: str, value: Any, expected: tuple[int, ...]) -> None:
         usable = latents.dtype.kind in "uif" or latents.dtype.name == "bfloat16"
         with np.errstate(over="ignore"):
             usable = usable and bool(np.isfinite(latents.astype(np.float32)).all())
-    except (TypeError, ValueError, RuntimeError):  # ragged lists; tensors that numpy cannot take
+    except Exception:  # ragged lists; tensors that numpy cannot take; whatever an object does that is asked for an array
         usable = False
     if not usable:
         raise InputError(f"{name}: an array of finite real numbers is expected")
@@ -189,19 +195,27 @@ def _check_latents(name: str, value: Any, expected: tuple[int, ...]) -> None:
         raise InputError(f"{name}: shape {list(latents.shape)} should be {list(expected)}")
 
 
-def _check_sizes(request: Request, vae: VAEConfig) -> None:
-    """Whole latents: 1 + 4k frames of multiples of 16 pixels."""
+def _check_sizes(request: Request, transformer: TransformerConfig, vae: VAEConfig) -> None:
+    """Whole latents: 1 + 4k frames of multiples of 16 pixels; and not so many that no machine could hold them."""
     time, space = vae.scale_factor_temporal, vae.scale_factor_spatial
     if (request.num_frames - 1) % time:
         below = request.num_frames - (request.num_frames - 1) % time
         raise InputError(
-            f"num_frames={request.num_frames}: one frame and then groups of {time} are made; use {below} or {below + time}"
+            f"num_frames={shown(request.num_frames)}: one frame and then groups of {time} are made; "
+            f"use {shown(below)} or {shown(below + time)}"
         )
     for name in ("height", "width"):
         value = getattr(request, name)
         if value % space:
             near = sorted({max(space, value // space * space), (value // space + 1) * space})
             raise InputError(f"{name}={value} is not a multiple of {space}; use {' or '.join(map(str, near))}")
+    t, h, w = vae.latent_shape(request.num_frames, request.height, request.width)
+    patch = transformer.latent_patch_size
+    if (tokens := t * -(-h // patch) * -(-w // patch)) > MOST_TOKENS:
+        what = f"num_frames={shown(request.num_frames)} of height={request.height}, width={request.width}"
+        raise InputError(
+            f"{what}: {shown(tokens)} tokens would be generated, {MOST_TOKENS} are possible; make them fewer or smaller"
+        )
 
 
 def _check_given(request: Request, vae: VAEConfig) -> None:
@@ -214,12 +228,57 @@ def _check_given(request: Request, vae: VAEConfig) -> None:
     if request.video is None:
         return
     indexes = request.condition_frame_indexes_vision
-    listed = isinstance(indexes, Sequence | np.ndarray) and len(indexes) > 0
-    if not listed or not all(map(_is_whole, indexes)):
-        raise InputError(f"condition_frame_indexes_vision={indexes!r}: latent frames are expected, such as [0, 1]")
+    listed = isinstance(indexes, Sequence) or (isinstance(indexes, np.ndarray) and indexes.ndim == 1)
+    if not listed or len(indexes) == 0 or not all(map(_is_whole, indexes)):
+        raise InputError(f"condition_frame_indexes_vision={shown(indexes)}: latent frames are expected, such as [0, 1]")
     latent_frames = vae.latent_shape(request.num_frames, request.height, request.width)[0]
     if max(indexes) >= latent_frames:
         raise InputError(
-            f"condition_frame_indexes_vision={list(indexes)}: {request.num_frames} frames have the latent frames "
+            f"condition_frame_indexes_vision={shown(list(indexes))}: {request.num_frames} frames have the latent frames "
             f"0 to {latent_frames - 1}"
         )
+
+
+def in_json(request: ResolvedRequest, scheduler: SchedulerConfig) -> dict[str, Any]:
+    """The settings that have an effect, as JSON has them: of pictures, clips and noise the size and a checksum."""
+    settings: dict[str, Any] = {}
+    for field in dataclasses.fields(request):
+        value = getattr(request, field.name)
+        if value is not None and field.name != "output_type":
+            settings[field.name] = _in_json(value)
+    if request.sigmas == "karras" or scheduler.distilled_sigmas:  # where it has no effect
+        del settings["flow_shift"]
+    for name in ("enable_sound", "step_cache"):
+        if not settings[name]:
+            del settings[name]
+    if request.video is None:
+        del settings["condition_frame_indexes_vision"], settings["condition_video_keep"]
+    return settings
+
+
+def _in_json(value: Any) -> Any:
+    match value:
+        case bool() | str():
+            return value
+        case np.bool_():
+            return bool(value)
+        case numbers.Integral():
+            return int(value)
+        case numbers.Real():
+            return float(value)
+        case Image.Image():
+            return f"{value.width}x{value.height}, sha256 {_checksum(value)}"
+        case [Image.Image(), *_]:
+            return f"{len(value)} frames of {value[0].width}x{value[0].height}, sha256 {_checksum(*value)}"
+        case _ if np.ndim(value) == 1 and np.asarray(value).dtype.kind in "ui":
+            return [int(each) for each in value]
+    array = np.asarray(value)
+    return f"{list(array.shape)} of {array.dtype}, sha256 {_checksum(array)}"
+
+
+def _checksum(*arrays: Any) -> str:
+    """The first 16 digits of SHA-256."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,6 +1,7 @@
 """What the pipeline gives back."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ class Result:
     sound: np.ndarray | None = None  # float32 [channels, samples] in [-1, 1], or with latents float32 [sound_dim, latents]
     sample_rate: int | None = None  # of the waveform, in Hz
     computed_steps: int | None = None  # denoising steps that computed their velocity; fewer than all with a step cache
+    # All that it depends on, as JSON has it: prompt, settings, seed, checkpoint and its revision, mesh, dtype, versions
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Writes an .mp4 with its sound; a .png, .jpg or .webp of a single frame; or a .wav of the sound alone.
 
-        Of several processes, the first one does. Raises InputError if it cannot be written.
+        An .mp4 and a .png have the metadata in them (`media.read_metadata`). Of several processes, the first one writes. Raises
+        InputError for a path that cannot become such a file, RunError if writing it fails.
         """
         path = Path(path)
         if isinstance(self.video, list):
@@ -36,4 +40,4 @@ class Result:
             raise InputError(f'{path}: latents cannot be saved; ask for output_type="np" or "pil"')
         sound = None if self.sound is None or self.sample_rate is None else media.Sound(self.sound, self.sample_rate)
         if is_first():
-            media.write(path, frames, self.fps, sound)
+            media.write(path, frames, self.fps, sound, self.metadata)

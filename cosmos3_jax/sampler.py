@@ -19,6 +19,7 @@ from jax.flatten_util import ravel_pytree
 
 from cosmos3_jax.axes import agreed, constrain
 from cosmos3_jax.config import SchedulerConfig
+from cosmos3_jax.errors import RunError
 from cosmos3_jax.latents import Latents
 
 GRIDS = ("native", "linear", "karras")
@@ -217,26 +218,29 @@ def moved(x: Latents, since: Latents) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def run_steps(velocity: Velocity, inputs: Any, state: State, steps: Steps, given: Given) -> tuple[State, jax.Array]:
-    """The state after `steps`, and a scalar that is ready when the state is (the state itself is donated onwards)."""
+    """The state after `steps`, and of each whether it left finite numbers [n] (the state itself is donated onwards)."""
 
     def guided(state: State, step: Steps) -> Latents:
         velocity_B = meet(velocity(inputs, state.sample, step.timestep, given.is_given_t))
         _, as_latents = ravel_pytree(state.sample)
         return as_latents(guide(velocity_B, step.guidance_scale))
 
-    def body(state: State, step: Steps) -> tuple[State, None]:
+    def body(state: State, step: Steps) -> tuple[State, jax.Array]:
         memory, count = state.memory, state.computed
         if memory is None:
-            return advance(dataclasses.replace(state, computed=count + 1), step, guided(state, step), given), None
-        serves = moved(state.sample, memory.sample) < step.reuse
-        memory, count = jax.lax.cond(
-            serves, lambda: (memory, count), lambda: (Memory(state.sample, guided(state, step)), count + 1)
-        )
-        return advance(dataclasses.replace(state, memory=memory, computed=count), step, memory.velocity, given), None
+            count, guided_velocity = count + 1, guided(state, step)
+        else:
+            serves = moved(state.sample, memory.sample) < step.reuse
+            memory, count = jax.lax.cond(
+                serves, lambda: (memory, count), lambda: (Memory(state.sample, guided(state, step)), count + 1)
+            )
+            guided_velocity = memory.velocity
+        state = advance(dataclasses.replace(state, memory=memory, computed=count), step, guided_velocity, given)
+        return state, jnp.isfinite(ravel_pytree(state.sample)[0]).all()
 
-    state, _ = jax.lax.scan(body, state, steps)
-    state = jax.tree.map(lambda x: constrain(x, ""), state)  # placed as it came, so that no step compiles again
-    return state, state.sample.video[0, 0, 0, 0]
+    state, finite_n = jax.lax.scan(body, state, steps)
+    # placed as it came, so that no step compiles again
+    return jax.tree.map(lambda x: constrain(x, ""), (state, finite_n))
 
 
 @functools.partial(jax.jit, static_argnames="reuse")
@@ -266,16 +270,17 @@ def denoise(
 
     `velocity` must be the same (hashable) function in every call, for its compiled program to be found again; `inputs` is
     whatever it needs. `steps_per_call` steps run in one program; `on_step` is called after each such call, `on_progress` with
-    the number of steps done, a call late, so that the device always has work.
+    the number of steps done, a call late, so that the device always has work. Raises RunError where latents become NaN or
+    infinite.
     """
     state, done, running = begin(noise, given, reuse=steps.reuse is not None), 0, None
     while done < len(steps):
         rows = steps[done : done + steps_per_call]
-        state, ready = run_steps(velocity, inputs, state, rows, given)
+        state, finite_n = run_steps(velocity, inputs, state, rows, given)
         if running is not None:
-            jax.block_until_ready(running)
+            _check_finite(running, steps.timestep[:done])
             on_progress(done)
-        done, running = done + len(rows), ready
+        done, running = done + len(rows), finite_n
         answer = on_step(done - 1, jnp.copy(state.sample.video)) if on_step is not None else None
         if answer is False:
             break
@@ -283,5 +288,18 @@ def denoise(
             sample = dataclasses.replace(state.sample, video=jnp.asarray(answer, jnp.float32))
             state = dataclasses.replace(state, sample=given.write(sample))
     jax.block_until_ready(state)
+    if running is not None:
+        _check_finite(running, steps.timestep[:done])
     on_progress(done)
     return state
+
+
+def _check_finite(finite_n: jax.Array, timestep: Table) -> None:
+    """Waits for the last n of the steps with these timesteps. Raises RunError with the first that left no finite latents."""
+    finite = np.asarray(finite_n)
+    if not finite.all():
+        step = len(timestep) - len(finite) + int(finite.argmin())
+        raise RunError(
+            f"the latents became NaN or infinite in step {step + 1} (timestep {timestep[step]:g}): weights that are "
+            "damaged, or numbers too large for their dtype; compare the checkpoint's checksums, and try dtype float32"
+        )

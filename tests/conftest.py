@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")  # what is tested is compiled here and now
+os.environ["COSMOS3_GUARDRAILS"] = "0"  # also where they are installed
 
 from pathlib import Path
 

@@ -19,6 +19,7 @@ from cosmos3_jax.config import (
     SoundConfig,
     TransformerConfig,
 )
+from cosmos3_jax.errors import shown
 from cosmos3_jax.request import Request, ResolvedRequest, resolve
 
 
@@ -107,7 +108,7 @@ def test_whole_numbers(name):
 def test_numbers_within_a_range(name, low, high, values):
     assert getattr(ask(**{name: np.float32(2.5)}), name) == 2.5
     for value in values + NO_NUMBERS:
-        expected = f"{name}={value!r}: a number from {low} to {high} is expected"
+        expected = f"{name}={shown(value)}: a number from {low} to {high} is expected"
         with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
             ask(**{name: value})
 
@@ -123,7 +124,7 @@ REFUSED = [
     ({"num_frames": 10}, "num_frames=10: one frame and then groups of 4 are made; use 9 or 13"),
     ({"height": 100}, "height=100 is not a multiple of 16; use 96 or 112"),
     ({"width": 8}, "width=8 is not a multiple of 16; use 16"),
-    ({"seed": 2**32}, "seed=4294967296: it must be below 2^32 = 4294967296"),
+    ({"seed": 2**32}, "seed=4294967296: at most 4294967295 is possible"),
     ({"sigmas": "cosine"}, "sigmas='cosine': one of native, linear, karras is expected"),
     ({"prompt_style": ""}, "prompt_style='': one of native, diffusers is expected"),
     ({"output_type": "pt"}, "output_type='pt': one of np, pil, latent is expected"),

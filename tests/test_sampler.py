@@ -16,6 +16,7 @@ from cosmos3_jax import sampler
 from cosmos3_jax.axes import make_mesh, place, sharding
 from cosmos3_jax.config import SchedulerConfig
 from cosmos3_jax.cost import collectives
+from cosmos3_jax.errors import RunError
 from cosmos3_jax.latents import Latents
 from cosmos3_jax.sampler import (
     GRIDS,
@@ -383,12 +384,31 @@ def test_the_callback_may_replace_the_latents():
     assert_close(run(4, on_step=lambda _, x: x), run(4))
     replaced = run(4, on_step=lambda step, _: CLEAN.video if step == 3 else None)
     np.testing.assert_array_equal(replaced.video, CLEAN.video)
-    # The next step goes on from what was returned: a NaN reaches the end, in its place alone.
+    # The next step goes on from what was returned: a change reaches the end, in its place alone.
     hole = np.zeros(CLEAN.video.shape, bool)
     hole[1, 0, 2, 3] = True
-    holed = run(4, on_step=lambda step, x: jnp.where(hole, jnp.nan, x) if step == 1 else None)
-    np.testing.assert_array_equal(np.isnan(holed.video), hole)
-    assert np.isfinite(holed.sound).all()
+    holed = run(4, on_step=lambda step, x: jnp.where(hole, 100, x) if step == 1 else None)
+    np.testing.assert_array_equal(np.asarray(holed.video) != np.asarray(run(4).video), hole)
+    np.testing.assert_array_equal(holed.sound, run(4).sound)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("part", ["video", "sound"])
+@pytest.mark.parametrize("steps_per_call", [1, 3, 8])
+@pytest.mark.parametrize("step", [0, 2, 5, 7])
+def test_numbers_that_are_none_are_told_with_their_step(step, steps_per_call, part, value):
+    steps, told = steps_of(8), []
+
+    def velocity(scale, x, timestep, is_given_t):
+        broken = jnp.where(timestep == steps.timestep[step], value, 0)
+        made = curved(scale, x, timestep, is_given_t)
+        hole = jnp.zeros(getattr(made, part).shape).at[0, -1].set(1)
+        return dataclasses.replace(made, **{part: getattr(made, part) + jnp.where(hole > 0, broken, 0)})
+
+    message = rf"^the latents became NaN or infinite in step {step + 1} \(timestep {steps.timestep[step]:g}\): .*"
+    with pytest.raises(RunError, match=message):
+        denoise(velocity, 0.5, NOISE, NOTHING_GIVEN, steps, steps_per_call=steps_per_call, on_progress=told.append)
+    assert max(told, default=0) <= step  # no bar says that it was done
 
 
 def test_another_request_finds_the_compiled_program(compilations):

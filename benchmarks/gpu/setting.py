@@ -156,5 +156,5 @@ def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 def pipeline(model: str) -> Cosmos3Pipeline:
     """The model, for all parts: with random weights, unless there is a checkpoint."""
     if folder := CHECKPOINTS.get(model):
-        return Cosmos3Pipeline.from_pretrained(folder, sound=False, progress=False)
+        return Cosmos3Pipeline.from_pretrained(folder, sound=False, safety_checker=False, progress=False)
     return models.random_pipeline(*models.MODELS[model], make_mesh())

@@ -1,0 +1,127 @@
+"""Many requests into one folder: what is finished is left alone, and what fails goes on record.
+
+Several processes may share the work (an array job, say): each takes the next request that nobody else has. The processes of one
+mesh do all of it together, and the first of them chooses. What a killed process had begun, the next run begins anew.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+from cosmos3_jax.errors import Cosmos3Error, OutOfMemoryError, StoppedError
+from cosmos3_jax.output_folder import OutputFolder, Stamp
+from cosmos3_jax.processes import agree, are_several, told
+from cosmos3_jax.provenance import alike
+from cosmos3_jax.request import ResolvedRequest
+from cosmos3_jax.requests_file import Line
+from cosmos3_jax.result import Result
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Tally:
+    """What became of the requests, by name."""
+
+    finished_before: list[str] = dataclasses.field(default_factory=list)
+    done: list[str] = dataclasses.field(default_factory=list)
+    failed: list[str] = dataclasses.field(default_factory=list)
+    with_others: list[str] = dataclasses.field(default_factory=list)  # another process is at work on it, or just was
+
+
+class Batch:
+    """Requests on their way into a folder; `resolve` checks the words of a line, `fail_fast` raises the first failure.
+
+    Of the processes of one mesh only the first has the folder.
+    """
+
+    def __init__(
+        self, lines: Sequence[Line], folder: OutputFolder | None, resolve: Callable[[Line], ResolvedRequest], *, fail_fast: bool
+    ):
+        self.lines, self.folder, self.resolve, self.fail_fast = lines, folder, resolve, fail_fast
+        self.tally = Tally()
+        self.waiting: dict[int, Stamp] = {}  # which lines are to be done, and the records there were of them
+
+    def survey(self, metadata: Callable[[ResolvedRequest], Mapping[str, Any]]) -> bool:
+        """Whether there is anything to do: lines that are right and not finished. What failed before comes last.
+
+        `metadata` is what the result of a request would have.
+        """
+        if self.folder is not None:
+            before = {index: self.folder.status(line.name) for index, line in enumerate(self.lines)}
+            for index in sorted(before, key=lambda index: before[index] == "failed"):
+                self._look_at(index, self.folder, metadata)
+        return bool(told(len(self.waiting)))
+
+    def _look_at(self, index: int, folder: OutputFolder, metadata: Callable[[ResolvedRequest], Mapping[str, Any]]) -> None:
+        line = self.lines[index]
+        stamp = folder.stamp(line.name)
+        try:
+            request = self.resolve(line)
+        except Cosmos3Error as error:
+            self._failed(line, error)
+            return
+        if folder.has(line.name, lambda there: alike(there, metadata(request))):
+            self.tally.finished_before.append(line.name)
+        else:
+            self.waiting[index] = stamp
+
+    def work(self, run: Callable[[ResolvedRequest], Result], check: Callable[[], None]) -> None:
+        """Does what is to be done. `check` is called before each request, and may raise StoppedError."""
+        with contextlib.closing(self._turns()) as turns:
+            while (index := told(next(turns, -1))) >= 0:
+                check()
+                start, line = time.perf_counter(), self.lines[index]
+                log.info("%s: request %d of %d", line.name, index + 1, len(self.lines))
+                try:
+                    self._make(line, run)
+                except StoppedError:
+                    raise
+                except Exception as error:
+                    self._failed(line, error)
+                else:
+                    self.tally.done.append(line.name)
+                    log.info("%s: done in %.1f s", line.name, time.perf_counter() - start)
+
+    def _turns(self) -> Generator[int]:
+        """The lines that are this process's to do, each claimed until the next is asked for."""
+        for index, stamp in self.waiting.items():
+            name = self.lines[index].name
+            assert self.folder is not None
+            with self.folder.claimed(name) as mine:
+                if mine and self.folder.stamp(name) == stamp:
+                    yield index
+                else:
+                    self.tally.with_others.append(name)
+
+    def _make(self, line: Line, run: Callable[[ResolvedRequest], Result]) -> None:
+        """Generates one, writes it, and puts it on record."""
+        failure, result = None, None
+        try:
+            request = self.resolve(line)
+            result = run(request)
+        except StoppedError:
+            raise
+        except Cosmos3Error as error:
+            failure = error
+        agree([line.name, type(failure).__name__])  # else one process would begin the next while others wait in this one
+        if failure is not None:
+            raise failure
+        assert result is not None
+        if self.folder is not None:
+            file = f"{line.name}{'.png' if len(result.video) == 1 and result.sound is None else '.mp4'}"
+            result.save(self.folder.folder / file)
+            self.folder.done(line.name, file, result.metadata)
+
+    def _failed(self, line: Line, error: Exception) -> None:
+        """Puts a failure on record, and raises it again if nothing may follow it."""
+        self.tally.failed.append(line.name)
+        if self.folder is not None:
+            self.folder.failed(line.name, error)
+        ours = isinstance(error, Cosmos3Error) and not (isinstance(error, OutOfMemoryError) and are_several())
+        if self.fail_fast or not ours:
+            raise error
+        log.error("%s: %s", line.name, error)

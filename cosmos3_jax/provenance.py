@@ -1,0 +1,33 @@
+"""All that a result depends on, as JSON has it: it is written into the file, and tells whether a file is what is asked for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from cosmos3_jax.checkpoint import Checkpoint
+from cosmos3_jax.request import ResolvedRequest, in_json
+from cosmos3_jax.version import VERSION
+
+# What moves a result by roundings, if at all: a file made with others is as good.
+CIRCUMSTANCES = ("version", "jax", "cfg", "tp", "guardrails", "computed_steps")
+
+
+def provenance(
+    request: ResolvedRequest, checkpoint: Checkpoint, mesh: Mesh, dtype: str, *, quantize: str | None, guardrails: str | None
+) -> dict[str, Any]:
+    """Versions, the checkpoint and its revision, the mesh, how it is computed, and every setting of the request."""
+    made_by = {"version": VERSION, "jax": jax.__version__, "checkpoint": checkpoint.name, "revision": checkpoint.revision}
+    how = {**mesh.shape, "dtype": dtype, "quantize": quantize, "guardrails": guardrails}
+    given = {name: value for name, value in (made_by | how).items() if value is not None}
+    return given | in_json(request, checkpoint.scheduler)
+
+
+def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two results are the same but for roundings."""
+    return _essence(one) == _essence(other)
+
+
+def _essence(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metadata.items() if name not in CIRCUMSTANCES}
