@@ -9,9 +9,10 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from cosmos3_jax.errors import Cosmos3Error, OutOfMemoryError, StoppedError
+from cosmos3_jax import media
+from cosmos3_jax.errors import Cosmos3Error, InputError, OutOfMemoryError, StoppedError
 from cosmos3_jax.output_folder import OutputFolder, Stamp
 from cosmos3_jax.processes import agree, are_several, told
 from cosmos3_jax.provenance import alike
@@ -20,6 +21,7 @@ from cosmos3_jax.requests_file import Line
 from cosmos3_jax.result import Result
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -48,15 +50,16 @@ class Batch:
     def survey(self, metadata: Callable[[ResolvedRequest], Mapping[str, Any]]) -> bool:
         """Whether there is anything to do: lines that are right and not finished. What failed before comes last.
 
-        `metadata` is what the result of a request would have.
+        `metadata` is what the result of a request would have; it raises Cosmos3Error where that cannot be told.
         """
+        self.metadata = metadata
         if self.folder is not None:
             before = {index: self.folder.status(line.name) for index, line in enumerate(self.lines)}
             for index in sorted(before, key=lambda index: before[index] == "failed"):
-                self._look_at(index, self.folder, metadata)
+                self._look_at(index, self.folder)
         return bool(told(len(self.waiting)))
 
-    def _look_at(self, index: int, folder: OutputFolder, metadata: Callable[[ResolvedRequest], Mapping[str, Any]]) -> None:
+    def _look_at(self, index: int, folder: OutputFolder) -> None:
         line = self.lines[index]
         stamp = folder.stamp(line.name)
         try:
@@ -64,7 +67,7 @@ class Batch:
         except Cosmos3Error as error:
             self._failed(line, error)
             return
-        if folder.has(line.name, lambda there: alike(there, metadata(request))):
+        if folder.has(line.name, lambda there: alike(there, self.metadata(request))):
             self.tally.finished_before.append(line.name)
         else:
             self.waiting[index] = stamp
@@ -81,47 +84,84 @@ class Batch:
                 except StoppedError:
                     raise
                 except Exception as error:
+                    check()  # a stop may have made it fail
                     self._failed(line, error)
                 else:
                     self.tally.done.append(line.name)
                     log.info("%s: done in %.1f s", line.name, time.perf_counter() - start)
 
     def _turns(self) -> Generator[int]:
-        """The lines that are this process's to do, each claimed until the next is asked for."""
-        for index, stamp in self.waiting.items():
-            name = self.lines[index].name
-            assert self.folder is not None
-            with self.folder.claimed(name) as mine:
-                if mine and self.folder.stamp(name) == stamp:
-                    yield index
-                else:
-                    self.tally.with_others.append(name)
+        """The lines that are this process's to do, each claimed until the next is asked for.
+
+        What another process is at work on is asked for again at the end: it may have been killed.
+        """
+        assert self.folder is not None or not self.waiting
+        passed_over: dict[int, Stamp] = {}
+        for waiting in (self.waiting, passed_over):
+            for index, stamp in waiting.items():
+                name = self.lines[index].name
+                with self.folder.claimed(name) as mine:  # type: ignore[union-attr]
+                    if mine and self.folder.stamp(name) == stamp:  # type: ignore[union-attr]
+                        yield index
+                    elif mine or waiting is passed_over:
+                        self.tally.with_others.append(name)
+                    else:
+                        passed_over[index] = stamp
 
     def _make(self, line: Line, run: Callable[[ResolvedRequest], Result]) -> None:
         """Generates one, writes it, and puts it on record."""
-        failure, result = None, None
-        try:
-            request = self.resolve(line)
-            result = run(request)
-        except StoppedError:
-            raise
-        except Cosmos3Error as error:
-            failure = error
-        agree([line.name, type(failure).__name__])  # else one process would begin the next while others wait in this one
-        if failure is not None:
-            raise failure
-        assert result is not None
+        request = _in_step(line, lambda: self._checked(line))
+        result = _in_step(line, lambda: run(request))
         if self.folder is not None:
-            file = f"{line.name}{'.png' if len(result.video) == 1 and result.sound is None else '.mp4'}"
-            result.save(self.folder.folder / file)
+            file = _file(line, request)
+            result.save(self.folder.place(line.name, file))
             self.folder.done(line.name, file, result.metadata)
+
+    def _checked(self, line: Line) -> ResolvedRequest:
+        """The request, whose media can be read and whose file can be written."""
+        request = self.resolve(line)
+        self.metadata(request)
+        if self.folder is not None:
+            path = self.folder.folder / _file(line, request)
+            media.check_writable(path, request.num_frames, has_sound=bool(request.enable_sound))
+        return request
 
     def _failed(self, line: Line, error: Exception) -> None:
         """Puts a failure on record, and raises it again if nothing may follow it."""
         self.tally.failed.append(line.name)
         if self.folder is not None:
             self.folder.failed(line.name, error)
-        ours = isinstance(error, Cosmos3Error) and not (isinstance(error, OutOfMemoryError) and are_several())
-        if self.fail_fast or not ours:
+        if self.fail_fast or not isinstance(error, Cosmos3Error) or _is_lonely(error):
             raise error
         log.error("%s: %s", line.name, error)
+
+
+def _file(line: Line, request: ResolvedRequest) -> str:
+    """The name of what it makes."""
+    return f"{line.name}{'.png' if request.metadata.is_image and not request.enable_sound else '.mp4'}"
+
+
+def _in_step(line: Line, do: Callable[[], T]) -> T:
+    """What `do` returns, or the Cosmos3Error that it raises, once all processes of a mesh are through with it.
+
+    Else one would begin the next while others wait in this one; where it fails in one of them, it fails in all.
+    """
+    failure: Cosmos3Error | None = None
+    try:
+        made = do()
+    except Cosmos3Error as error:
+        if isinstance(error, StoppedError) or _is_lonely(error):
+            raise
+        failure = error
+    try:
+        agree([line.name, type(failure).__name__])
+    except InputError as error:
+        raise failure or error from None
+    if failure is not None:
+        raise failure
+    return made
+
+
+def _is_lonely(error: Exception) -> bool:
+    """Whether an error may be one of this process alone, while others wait for it in a program."""
+    return isinstance(error, OutOfMemoryError) and are_several()

@@ -55,27 +55,41 @@ def readable(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
+def remove_left(folder: Path, prefix: str = "") -> None:
+    """Removes what killed processes left of `beside`: files that nobody holds a lock on."""
+    for left in folder.glob(f".cosmos3.{prefix}*"):
+        with contextlib.suppress(OSError), left.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+
+
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A name in the same folder, which becomes `path` when all went well and is removed when not.
 
     A process holds a lock on it for as long as it lives: what a killed one left of the same `path` is removed first.
     """
-    prefix = f".cosmos3.{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}."
-    for left in path.parent.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError), left.open("rb+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.unlink()
-    with tempfile.NamedTemporaryFile(prefix=prefix, suffix=path.suffix, dir=path.parent, delete=False) as held:
-        partial = Path(held.name)
+    prefix = f"{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}."
+    remove_left(path.parent, prefix)
+    with _held(path, f".cosmos3.{prefix}") as partial:
         try:
-            with contextlib.suppress(OSError):  # a file system without locks: there nothing that is left is removed
-                fcntl.flock(held, fcntl.LOCK_EX)
             yield partial
             readable(partial)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _held(path: Path, prefix: str) -> Iterator[Path]:
+    """A new file beside `path`, with this process's lock."""
+    while True:
+        with tempfile.NamedTemporaryFile(prefix=prefix, suffix=path.suffix, dir=path.parent, delete=False) as file:
+            with contextlib.suppress(OSError):  # a file system without locks: there nothing that is left is removed
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if os.path.lexists(file.name):  # else, before it was locked, another process took it for one that was left
+                yield Path(file.name)
+                return
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -31,6 +31,7 @@ from cosmos3_jax.output_folder import OutputFolder
 from cosmos3_jax.pipeline import Cosmos3Pipeline, dtype_on, open_media, token_ids
 from cosmos3_jax.prompt import load_tokenizer
 from cosmos3_jax.provenance import provenance
+from cosmos3_jax.remedy import memory_of, remedy
 from cosmos3_jax.request import Request, ResolvedRequest, resolve
 from cosmos3_jax.requests_file import Line, read_requests
 from cosmos3_jax.result import Result
@@ -211,14 +212,18 @@ def _run(arguments: argparse.Namespace, pipe: Cosmos3Pipeline, check: Callable[[
     except OutOfMemoryError as error:
         if processes.are_several():
             raise
-        from cosmos3_jax.remedy import memory_of, remedy
 
-        log.info("out of memory in %s; looking for what would fit", error.stage)
-        text_tokens = token_ids(request, pipe.checkpoint, pipe.tokenizer, arguments.cfg)[0].shape[1]
-        configs, residence = pipe.checkpoint, pipe.residence
-        job = Job(configs.transformer, configs.vae, request, pipe.dtype, text_tokens, configs.sound, arguments.quantize)
-        advice = remedy(job, arguments.cfg, arguments.tp, memory_of(pipe.mesh), jax.device_count(), residence.text_tower)
-        raise OutOfMemoryError(f"{error}; {advice}", error.stage) from error
+        log.info("%s; looking for what would fit", error)
+        raise OutOfMemoryError(f"{error}; {_advice(arguments, pipe, request)}", error.stage) from None
+
+
+def _advice(arguments: argparse.Namespace, pipe: Cosmos3Pipeline, request: ResolvedRequest) -> str:
+    """What a request would need, and what would fit here."""
+    checkpoint, tower = pipe.checkpoint, pipe.residence.text_tower
+    text_tokens = token_ids(request, checkpoint, pipe.tokenizer, arguments.cfg)[0].shape[1]
+    job = Job(checkpoint.transformer, checkpoint.vae, request, pipe.dtype, text_tokens, checkpoint.sound, arguments.quantize)
+    shared = jax.default_backend() == "cpu"
+    return remedy(job, arguments.cfg, arguments.tp, memory_of(pipe.mesh), jax.device_count(), tower, shared=shared)
 
 
 def _dry_run(arguments: argparse.Namespace) -> int:

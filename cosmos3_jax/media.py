@@ -7,6 +7,7 @@ written.
 
 import collections
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -333,10 +334,12 @@ def _write_image(path: Path, frame: np.ndarray, comment: str) -> None:
     info = PngInfo()
     if comment:
         info.add_text("comment", comment)
+    encoded = io.BytesIO()  # Pillow does not see when the end of a JPEG is not written; Python does
     try:
-        Image.fromarray(frame).save(path, quality=95, pnginfo=info)
+        Image.fromarray(frame).save(encoded, Image.registered_extensions()[path.suffix.lower()], quality=95, pnginfo=info)
     except ValueError as error:  # a WebP larger than there can be
         raise OSError(error) from error
+    path.write_bytes(encoded.getvalue())
 
 
 def _write_wav(path: Path, sound: Sound) -> None:

@@ -39,8 +39,10 @@ class Line:
             if isinstance(words.get(name), dict):
                 words[name] = json.dumps(words[name])
         for name in ("image", "video"):
-            if isinstance(self.words.get(name), str):
-                words[name] = self.folder / self.words[name]
+            if (path := self.words.get(name)) is not None:
+                if not isinstance(path, str):
+                    raise InputError(f"{name}={shown(path)}: the path of a file is expected")
+                words[name] = self.folder / path
         if "prompt" not in words:
             raise InputError("prompt: missing; a text or a JSON object is expected")
         return Request(**words)

@@ -32,6 +32,4 @@ def memory_told(stage: str) -> Iterator[None]:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = str(error).partition("\n")[0][:200] or "of the host"
-        raise OutOfMemoryError(
-            f"{stage}: out of memory ({reason}); `python -m cosmos3_jax.generate --dry-run` tells what would fit", stage
-        ) from error
+        raise OutOfMemoryError(f"{stage}: out of memory ({reason})", stage) from error

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import re
@@ -12,6 +13,7 @@ import sys
 import types
 import wave
 from pathlib import Path
+from unittest import mock
 
 import imageio_ffmpeg
 import jax
@@ -21,7 +23,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from convert.random_checkpoint import write_checkpoint
-from cosmos3_jax import Cosmos3Pipeline, InputError, dry_run, generate, make_mesh, media
+from cosmos3_jax import Cosmos3Pipeline, InputError, dry_run, generate, make_mesh, media, safety, sampler
 from cosmos3_jax.checkpoint import BUILT_IN
 from cosmos3_jax.config import TINY
 from cosmos3_jax.safetensors_files import Tensor
@@ -48,7 +50,7 @@ def shoot(monkeypatch):
     def shoot(*flags) -> types.SimpleNamespace:
         taken = []
         with monkeypatch.context() as patch:
-            patch.setattr(media, "write", lambda path, frames, fps, sound: taken.append((frames, sound)))
+            patch.setattr(media, "write", lambda path, frames, fps, sound, metadata: taken.append((frames, sound)))
             done = run(*flags)
         (frames, sound), *_ = taken
         return types.SimpleNamespace(frames=frames, sound=sound, told=done.told)
@@ -128,7 +130,7 @@ def test_what_is_told_makes_it_again(shoot, sound):
     told = {name.replace("_", "-"): value for name, value in done.told.items()}
     told["steps"] = told.pop("num-inference-steps")
     assert told.pop("enable-sound", False) == bool(sound)
-    names = told.keys() - {"out", "seconds", "version", "mesh"}
+    names = told.keys() - {"out", "seconds", "version", "jax", "mesh", "guardrails"}
     again, other = shoot(*sound, *(f"--{name}={told[name]}" for name in names)), shoot(*asked, "--seed", 8)
     np.testing.assert_array_equal(again.frames, done.frames)
     assert (again.frames != other.frames).any()
@@ -180,21 +182,22 @@ def test_another_picture_is_another_first_frame(shoot):
 )
 def test_what_is_given_is_told_by_its_size(flags, name, value):
     told = run(*shlex.split(flags)).told
-    assert told[name] == value
+    assert re.fullmatch(f"{value}, sha256 [0-9a-f]{{16}}", told[name])
     assert ("condition_frame_indexes_vision" in told) == (name == "video")
 
 
 def test_where_and_how_it_runs(monkeypatch):
     """The mesh and the dtype reach the pipeline, which is asked for nothing more here."""
 
-    def stop(path, *, mesh, dtype, text_tower, quantize, sound):
-        raise InputError(f"{path.name} {dict(mesh.shape)} {dtype} {text_tower} {quantize} {sound}")
+    def stop(path, *, mesh, dtype, text_tower, quantize, sound, safety_checker, progress):
+        raise InputError(f"{path.name} {dict(mesh.shape)} {dtype} {text_tower} {quantize} {sound} {safety_checker} {progress}")
 
     monkeypatch.setattr(generate, "make_mesh", lambda cfg, tp: make_mesh(cfg, tp, jax.devices() * 8))
     monkeypatch.setattr(Cosmos3Pipeline, "from_pretrained", stop)
-    told = run("--cfg", 2, "--tp", 4, "--dtype", "bfloat16", "--text-tower", "drop", "--quantize", "fp8", "--sound").err
-    assert told == "error: tiny {'cfg': 2, 'tp': 4} bfloat16 drop fp8 True\n"
-    assert run().err == "error: tiny {'cfg': 1, 'tp': 1} None auto None False\n"
+    flags = "--cfg 2 --tp 4 --dtype bfloat16 --text-tower drop --quantize fp8 --sound --guardrails --quiet"
+    assert run(*flags.split()).err == "error: tiny {'cfg': 2, 'tp': 4} bfloat16 drop fp8 True True False\n"
+    assert run().err == "error: tiny {'cfg': 1, 'tp': 1} None auto None False None True\n"
+    assert run("--no-guardrails").err.endswith(" False True\n")
 
 
 @pytest.mark.usefixtures("place")
@@ -372,6 +375,112 @@ def test_wrong_input_is_refused_before_loading(place, monkeypatch, flags, senten
     assert (done.code, done.out) == (2, "")
     assert re.fullmatch(f"error: {sentence}\n", done.err)
     assert not list((place / "out").iterdir())
+
+
+# What goes wrong on the way
+
+
+def broken(folder: Path, part: str, name: str, value: float) -> list[str]:
+    """Flags for a copy of the built-in checkpoint of which one tensor holds this value alone."""
+    write_checkpoint(folder)
+    (file,) = (file for file in (folder / part).glob("*.safetensors") if name in load_file(file))
+    tensors = load_file(file)
+    tensors[name] = np.full_like(tensors[name], value)
+    save_file(tensors, file)
+    return ["--checkpoint", str(folder), "--prompt", "waves"]
+
+
+@pytest.mark.parametrize("name", ["proj_in.weight", "layers.0.self_attn.add_q_proj.weight", "embed_tokens.weight"])
+def test_weights_that_are_no_numbers_leave_no_file(place, name):
+    done = run("--out", "out/a.mp4", *broken(place / "checkpoint", "transformer", name, np.nan))
+    assert done.code == 1
+    assert re.search(r"^error: the latents became NaN or infinite in step 1 \(timestep 999\): .*\n\Z", done.err, re.MULTILINE)
+    assert done.told is None
+    assert not list((place / "out").iterdir())
+
+
+class Checker:
+    """Refuses the word "bad" in a prompt, and every video but one whose prompt was "good"."""
+
+    def check_prompt(self, text):
+        self.good = text == "good"
+        return "bad" not in text
+
+    def check_video(self, frames):
+        return frames if self.good else None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code", "sentence"),
+    [
+        ("a bad thing", 3, r"^error: prompt: blocked by Checker .*; ask for something else\n\Z"),
+        ("a thing", 3, r"^error: video: blocked by Checker .*; ask for something else\n\Z"),
+        ("good", 0, r"\Z"),
+    ],
+)
+def test_a_safety_checker_stands_between(place, monkeypatch, prompt, code, sentence):
+    monkeypatch.setattr(safety, "chosen", lambda asked: Checker())
+    done = run("--out", "out/a.mp4", "--prompt", prompt)
+    assert done.code == code
+    assert re.search(sentence, done.err, re.MULTILINE)
+    assert [file.name for file in (place / "out").iterdir()] == ["a.mp4"] * (code == 0)
+    assert "guardrails  Checker" in done.out
+
+
+def test_a_checker_that_is_asked_for_but_not_there(place, monkeypatch):
+    """It is missed before a weight is read; without the flag a line tells that there is none."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("COSMOS3_GUARDRAILS", "")
+    assert (
+        'guardrails  off (cosmos_guardrail is not installed: pip install "cosmos3_jax[guardrails]")'
+        in run("--out", "a.mp4").out
+    )
+    assert "guardrails  off (asked for)" in run("--no-guardrails", "--out", "a.mp4").out
+    monkeypatch.setattr(Tensor, "view", lambda self: pytest.fail("a tensor was read"))
+    for flags, asked in ((["--guardrails"], ""), ([], "1")):
+        monkeypatch.setenv("COSMOS3_GUARDRAILS", asked)
+        done = run("--out", "out/a.mp4", *flags)
+        assert done.code == 2
+        assert re.fullmatch(
+            r"error: guardrails: cosmos_guardrail is not installed; .*\n", done.err.splitlines(keepends=True)[-1]
+        )
+    assert not list((place / "out").iterdir())
+
+
+def test_memory_that_ends_is_answered_with_what_would_fit(place, monkeypatch):
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+    monkeypatch.setattr(sampler, "denoise", mock.Mock(side_effect=error))
+    monkeypatch.setattr(generate, "memory_of", lambda mesh: 10_000_000)
+    done = run("--out", "out/a.mp4", "--num-frames", 17)
+    assert done.code == 1
+    sentence = done.err.splitlines()[-1]
+    assert sentence.startswith("error: denoise: out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.); ")
+    assert re.search(r"; the dry run puts the peak of this request at about [\d.]+ GB .* where there are 0\.01 GB; ", sentence)
+    assert not list((place / "out").iterdir())
+
+
+def test_memory_that_really_ends(tmp_path):
+    """A process with little memory to its name, and a request that needs more."""
+    program = "import resource, sys; from cosmos3_jax.generate import main; import jax; jax.devices();"
+    program += "resource.setrlimit(resource.RLIMIT_AS, ({limit},) * 2); sys.exit(main(sys.argv[1:]))"
+    flags = ["--num-frames", "1", "--height", "2048", "--width", "2048", "--steps", "1", "--out", str(tmp_path / "a.png")]
+    done = subprocess.run(
+        [sys.executable, "-c", program.format(limit=8 << 30), *flags], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"^error: \w+: out of memory \(.*\); ", done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("loudness", ["--quiet", "--verbose"])
+def test_how_much_is_told(place, loudness):
+    done = run("--out", "out/a.mp4", loudness)
+    assert done.code == 0
+    if loudness == "--quiet":
+        assert (len(done.out.splitlines()), done.err) == (1, "")
+    else:
+        assert re.search(r"^debug: denoise: \d+\.\d+ s$", done.err, re.MULTILINE)
 
 
 def without_a_tensor(folder: Path) -> list[str]:

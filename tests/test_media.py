@@ -1,29 +1,62 @@
 """Pictures and clips as arrays, and files that are whole or not there."""
 
 import io
+import json
 import os
+import random
 import re
+import resource
+import signal
 import struct
 import subprocess
+import tracemalloc
 import wave
+import zlib
 
 import cases
-import imageio.v3 as imageio
 import imageio_ffmpeg
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
+from PIL.PngImagePlugin import PngInfo
 
 from cosmos3_jax import make_mesh, media
 from cosmos3_jax.checkpoint import BUILT_IN, load
 from cosmos3_jax.config import TINY, TINY_SOUND, TINY_VAE
-from cosmos3_jax.errors import InputError
+from cosmos3_jax.errors import InputError, RunError
 from cosmos3_jax.networks import abstract_networks
 from cosmos3_jax.pipeline import decode_sound
 from cosmos3_jax.published import PublishedWeights
 
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # imageio leaves its pipes to the collector
 LEVEL = 2 / 255  # one uint8 level in [-1, 1]
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left(monkeypatch):
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            started.append(self)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    yield
+    assert [process.args for process in started if process.returncode is None] == []
+
+
+@pytest.fixture
+def ten_seconds():
+    """A test that takes longer fails, whatever it waits for."""
+
+    def late(*_):
+        pytest.fail("longer than ten seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -202,15 +235,281 @@ def test_every_kind_of_png_has_its_colours(tmp_path, mode, options):
     np.testing.assert_array_equal(np.asarray(media.open_image(tmp_path / "a.png")), np.asarray(picture.convert("RGB")))
 
 
-def png() -> bytes:
+def encoded(kind: str, picture: Image.Image | None = None, **options) -> bytes:
+    """The bytes of an image file."""
     file = io.BytesIO()
-    Image.fromarray(noise(16, 16)).save(file, "PNG")
+    (picture or Image.fromarray(smooth(1, 16, 16)[0])).save(file, kind, **options)
     return file.getvalue()
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """A part of a PNG."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def bilevel_png(width: int, height: int) -> bytes:
+    """A black PNG of one bit a pixel, written without making the picture."""
+    header, row = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0), bytes(1 + -(-width // 8))
+    deflate = zlib.compressobj()
+    content = b"".join(deflate.compress(row) for _ in range(height)) + deflate.flush()
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 5000), (5000, 1), (3, 2)])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_pictures_of_extreme_shapes(tmp_path, kind, width, height):
+    (tmp_path / "a").write_bytes(encoded(kind, Image.new("RGB", (width, height), (200, 200, 200))))
+    picture = media.open_image(tmp_path / "a")
+    assert picture.size == (width, height)
+    for fitted in (media.fit_image(picture, 48, 64), media.fit_clip([picture], 48, 64)[0]):
+        np.testing.assert_allclose(fitted, np.full((48, 64, 3), 200 / 127.5 - 1), atol=1.01 * LEVEL)  # lossy
+
+
+def test_more_pixels_than_can_be_are_refused_unseen(tmp_path, ten_seconds):
+    (tmp_path / "x.png").write_bytes(bilevel_png(20_000, 20_000))
+    limit = Image.MAX_IMAGE_PIXELS
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=r"^image .*x.png: 20000x20000 pixels; 1 to 100,000,000 in all are expected$"):
+            media.open_image(tmp_path / "x.png")
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_as_many_pixels_as_can_be_are_read(tmp_path):
+    """Pillow would warn of them: its limit is lower."""
+    (tmp_path / "x.png").write_bytes(bilevel_png(9_500, 10_000))
+    assert media.open_image(tmp_path / "x.png").size == (9_500, 10_000)
+
+
+@pytest.mark.parametrize(("size", "name"), [((11, 10), "11x10"), ((0, 10), "0x10"), ((10, 0), "10x0")])
+def test_pictures_of_too_many_pixels_or_none_are_refused(monkeypatch, size, name):
+    monkeypatch.setattr(media, "MAX_PIXELS", 100)
+    assert media.fit_image(Image.new("RGB", (10, 10)), 16, 16).shape == (16, 16, 3)
+    with pytest.raises(InputError, match=f"^image: {name} pixels; 1 to 100 in all are expected$"):
+        media.fit_image(Image.new("RGB", size), 16, 16)
+    with pytest.raises(InputError, match=f"^video: {name} pixels; 1 to 100 in all are expected$"):
+        media.fit_clip([Image.new("RGB", size)], 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_the_first_of_several_pictures_is_taken(tmp_path, kind):
+    first, second = Image.new("RGB", (16, 12), (250, 10, 10)), Image.new("RGB", (16, 12), (10, 250, 10))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    (tmp_path / "a.png").write_bytes(encoded(kind, first, save_all=True, append_images=[second, first], **options))
+    with Image.open(tmp_path / "a.png") as file:
+        assert len(list(ImageSequence.Iterator(file))) > 1
+    np.testing.assert_array_equal(np.asarray(media.open_image(tmp_path / "a.png")), np.asarray(first))
+
+
+MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pictures_of_any_mode_have_the_colours_that_pillow_gives_them(mode):
+    picture = Image.new(mode, (16, 16))
+    picture.frombytes(
+        np.random.RandomState(0).randint(0, 256, 4 * 16 * 16).astype(np.uint8).tobytes()[: len(picture.tobytes())]
+    )
+    if mode in ("P", "PA"):
+        picture.putpalette(noise(256).tobytes())
+    colours = picture.convert("RGB")
+    np.testing.assert_array_equal(media.fit_image(picture, 32, 32), media.fit_image(colours, 32, 32))
+    np.testing.assert_array_equal(media.fit_clip([picture], 32, 32), media.fit_clip([colours], 32, 32))
+
+
+def test_transparency_of_a_palette_is_no_warning():
+    picture = Image.fromarray(noise(16, 16)).quantize(8)
+    colours = picture.convert("RGB")
+    picture.info["transparency"] = b"\0\x80"
+    np.testing.assert_array_equal(media.fit_image(picture, 16, 16), media.fit_image(colours, 16, 16))
+    np.testing.assert_array_equal(media.fit_clip([picture], 32, 32), media.fit_clip([colours], 32, 32))
+
+
+def test_a_cmyk_jpeg_is_read(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(encoded("JPEG", Image.fromarray(smooth(1)[0]).convert("CMYK")))
+    with Image.open(tmp_path / "a.jpg") as file:
+        assert file.mode == "CMYK"
+        np.testing.assert_array_equal(np.asarray(media.open_image(tmp_path / "a.jpg")), np.asarray(file.convert("RGB")))
+
+
+GRAY = np.arange(256).reshape(16, 16)
+COLOURS = GRAY[..., None].repeat(3, -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I;16B", None), ("I", "TIFF")])
+def test_gray_of_sixteen_bits_is_scaled(tmp_path, mode, kind):
+    """Pillow would make all above 255 white."""
+    picture = Image.fromarray((257 * GRAY).astype({"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]))
+    assert picture.mode == mode
+    np.testing.assert_array_equal(media.fit_image(picture, 16, 16), COLOURS / np.float32(127.5) - 1)
+    np.testing.assert_allclose(media.fit_clip([picture], 16, 16)[0], COLOURS / 127.5 - 1, atol=1e-6)
+    if kind:
+        (tmp_path / "a").write_bytes(encoded(kind, picture))
+        np.testing.assert_array_equal(np.asarray(media.open_image(tmp_path / "a")), COLOURS)
+
+
+def test_dark_gray_of_sixteen_bits_stays_dark():
+    assert media.fit_image(Image.fromarray(GRAY.astype(np.uint16)), 16, 16).max() == np.float32(1 / 127.5 - 1)
+
+
+def test_small_integers_are_eight_bits():
+    np.testing.assert_array_equal(np.asarray(media._rgb(Image.fromarray(GRAY.astype(np.int32)), "x"))[..., 1], GRAY)
+
+
+@pytest.mark.parametrize("scale", [lambda x: x, lambda x: x / 255, lambda x: x / 127.5 - 1], ids=["255", "1", "-1 1"])
+def test_pictures_of_floats_mean_what_arrays_mean(tmp_path, scale):
+    picture = Image.fromarray(scale(GRAY).astype(np.float32))
+    assert picture.mode == "F"
+    (tmp_path / "a.tif").write_bytes(encoded("TIFF", picture))
+    np.testing.assert_array_equal(np.asarray(media.open_image(tmp_path / "a.tif")), COLOURS)
+    np.testing.assert_array_equal(media.fit_image(picture, 16, 16), COLOURS / np.float32(127.5) - 1)
+
+
+@pytest.mark.parametrize("value", [np.float32(np.nan), np.float32(np.inf), np.float32(300), np.int32(-1), np.int32(70_000)])
+def test_pictures_of_other_numbers_are_refused(tmp_path, value):
+    picture = Image.fromarray(np.where(GRAY == 7, value, GRAY.astype(value.dtype)))
+    (tmp_path / "a.tif").write_bytes(encoded("TIFF", picture))
+    with pytest.raises(InputError, match=r"^image .*a.tif: integers in \[0, 255\], or floats in"):
+        media.open_image(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=r"^video: integers in \[0, 255\], or floats in"):
+        media.fit_clip([picture], 16, 16)
+
+
+def test_the_name_of_an_image_says_nothing(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded("GIF", Image.new("RGB", (16, 12), (250, 10, 10))))
+    np.testing.assert_array_equal(np.asarray(media.open_image(tmp_path / "a.png"))[0, 0], (250, 10, 10))
+
+
+def test_pillow_starts_no_program(tmp_path):
+    """As it does for PostScript."""
+    (tmp_path / "a.png").write_bytes(encoded("EPS"))
+    with pytest.raises(InputError, match="not a readable image"):
+        media.open_image(tmp_path / "a.png")
+
+
+EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"  # turned a quarter
+
+
+@pytest.mark.parametrize(
+    ("exif", "turned"),
+    [
+        (EXIF, True),
+        (EXIF[:14], False),
+        (EXIF[:17], False),
+        (EXIF[:-7], False),
+        (b"Exif\0\0" + 9 * b"x", False),
+        (EXIF.replace(b"\x12\0\x03", b"\x12\0\x02"), False),
+        (EXIF.replace(b"\0\x06", b"\0\x63"), False),
+    ],
+    ids=["whole", "cut", "cut later", "without the value", "text", "another type", "another value"],
+)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_damaged_exif_turns_nothing(tmp_path, kind, exif, turned):
+    picture = Image.new("RGB", (16, 12), (200, 200, 200))
+    (tmp_path / "a").write_bytes(encoded(kind, picture, exif=exif))
+    assert media.open_image(tmp_path / "a").size == ((12, 16) if turned else (16, 12))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["before the picture", "after it"])
+def test_text_that_explodes_is_refused(tmp_path, last):
+    info = PngInfo()
+    info.add_text("a", 50_000_000 * "a", zip=True)
+    data = encoded("PNG", pnginfo=info)
+    if last:
+        start = data.index(b"zTXt") - 4
+        end = start + 12 + struct.unpack(">I", data[start : start + 4])[0]
+        data = data[:start] + data[end:-12] + data[start:end] + data[-12:]
+    assert len(data) < 100_000
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(InputError, match=r"^image .*a.png: not a readable image; .*large"):
+        media.open_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_the_first_of_several_pictures_is_damaged(tmp_path, kind):
+    data = encoded(kind, Image.fromarray(noise(16, 16)), save_all=True, append_images=[Image.fromarray(smooth(1, 16, 16)[0])])
+    start = {"GIF": b"\x2c\0\0\0\0\x10\0\x10\0", "PNG": b"IDAT", "WEBP": b"VP8 "}[kind]
+    start = data.index(start) + (12 if kind != "PNG" else 4)
+    (tmp_path / "a.png").write_bytes(data[:start] + 60 * b"\xff" + data[start + 60 :])
+    with pytest.raises(InputError, match=r"^image .*a.png: not a readable image; "):
+        media.open_image(tmp_path / "a.png")
+
+
+KINDS = {
+    "png": lambda: encoded("PNG", exif=EXIF),
+    "palette": lambda: encoded("PNG", Image.fromarray(noise(16, 16)).quantize(8), transparency=1),
+    "sixteen bits": lambda: encoded("PNG", Image.fromarray(noise(16, 16)[..., 0].astype(np.uint16))),
+    "jpeg": lambda: encoded("JPEG", exif=EXIF),
+    "cmyk": lambda: encoded("JPEG", Image.fromarray(noise(16, 16)).convert("CMYK")),
+    "webp": lambda: encoded("WEBP", exif=EXIF),
+    "gif": lambda: encoded("GIF", save_all=True, append_images=[Image.new("RGB", (16, 16))]),
+    "apng": lambda: encoded("PNG", save_all=True, append_images=[Image.new("RGB", (16, 16))]),
+    "tiff": lambda: encoded("TIFF", exif=EXIF),
+    "floats": lambda: encoded("TIFF", Image.fromarray(GRAY.astype(np.float32))),
+    "bmp": lambda: encoded("BMP"),
+}
+
+
+def mutations(data: bytes, count: int):
+    """`data` cut at places all over, and with some bytes changed, those at its beginning more often."""
+    random_ = random.Random(0)
+    for i in range(count):
+        yield data[: i * len(data) // count]
+        changed = bytearray(data)
+        end = random_.choice([len(data), min(len(data), 200)])
+        for _ in range(random_.choice([1, 3, 10])):
+            changed[random_.randrange(end)] = random_.choice([0, 1, 127, 128, 255, random_.randrange(256)])
+        yield bytes(changed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_image_is_read_or_refused(tmp_path, ten_seconds, kind):
+    path, refused = tmp_path / "a", []
+    for data in mutations(KINDS[kind](), 100):
+        path.write_bytes(data)
+        try:
+            picture = media.open_image(path)
+        except InputError as error:
+            refused.append(str(error))
+        else:
+            assert picture.mode == "RGB"
+            assert media.fit_image(picture, 16, 16).shape == (16, 16, 3)
+    assert 50 < len(refused) < 200
+    assert {error.partition(": ")[0] for error in refused} == {f"image {path}"}
+
+
+@pytest.mark.parametrize("close", [False, True], ids=["truncated", "closed"])
+def test_a_damaged_image_that_was_opened_already_is_refused(tmp_path, close):
+    """Pillow reads the header when it opens a file, the rest when it must."""
+    (tmp_path / "a.png").write_bytes(encoded("PNG", Image.fromarray(noise(16, 16)))[: None if close else 300])
+    for attempt in (lambda image: media.fit_image(image, 16, 16), lambda image: media.fit_clip([image], 16, 16)):
+        with Image.open(tmp_path / "a.png") as image:
+            if close:
+                image.close()
+            with pytest.raises(InputError, match=r"^(image|video): not a readable image; "):
+                attempt(image)
+
+
+@pytest.mark.parametrize(
+    ("what", "read"),
+    [("image", media.open_image), ("video", lambda path: media.open_clip(path, 5)), ("file", media.read_metadata)],
+)
+def test_what_is_no_file_is_not_waited_for(tmp_path, ten_seconds, what, read):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero", "/dev/stdin"):
+        with pytest.raises(InputError, match=rf"^{what} {path}: not a readable {what}; a regular file is expected$"):
+            read(path)
+    for path in (tmp_path / "a\0", tmp_path / ("a" * 300)):
+        with pytest.raises(InputError, match=rf"^{what} {path}: cannot be read"):
+            read(path)
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"no picture, no clip", png()[:200], re.sub(rb".IDAT", b"\0IDAT", png(), flags=re.DOTALL)],
+    [b"", b"no picture, no clip", encoded("PNG")[:-30], re.sub(rb".IDAT", b"\0IDAT", encoded("PNG"), flags=re.DOTALL)],
     ids=["empty", "text", "truncated", "wrong length of a chunk"],
 )
 def test_a_file_that_is_no_image(tmp_path, content):
@@ -220,27 +519,182 @@ def test_a_file_that_is_no_image(tmp_path, content):
         media.open_image(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture, no clip"], ids=["empty", "text"])
-def test_a_file_that_is_no_clip(tmp_path, content):
-    path = tmp_path / "a.mp4"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"^video {path}: not a readable video; MP4 with H.264 is expected$"):
-        media.open_clip(path, 5)
+PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\na.mp4\n"  # not ended: ffmpeg would wait for more
 
 
-def test_a_clip_without_frames(tmp_path, monkeypatch):
-    (tmp_path / "a.mp4").touch()
-    monkeypatch.setattr(media.imageio, "imiter", lambda *_, **__: (frame for frame in ()))
-    with pytest.raises(InputError, match=r"^video .*a.mp4: it has no frames$"):
-        media.open_clip(tmp_path / "a.mp4", 5)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.mp4", ""), ("a.mp4", "no picture, no clip"), ("a.m3u8", PLAYLIST), ("b.mp4", "ffconcat version 1.0\nfile a.mp4\n")],
+    ids=["empty", "text", "playlist", "list"],
+)
+def test_a_file_that_is_no_clip(tmp_path, ten_seconds, capfd, name, content):
+    media.write(tmp_path / "a.mp4", smooth(2), 24)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(
+        InputError, match=rf"^video .*/{name}: not a readable video; MP4 with H.264 is expected \(ffmpeg ended w"
+    ):
+        media.open_clip(tmp_path / name, 5)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_files_that_are_not_there(tmp_path):
     with pytest.raises(InputError, match=r"^image .*a.png: there is no such file$"):
         media.open_image(tmp_path / "a.png")
-    for path in (tmp_path / "a.mp4", tmp_path):
-        with pytest.raises(InputError, match=rf"^video {path}: there is no such file$"):
-            media.open_clip(path, 5)
+    with pytest.raises(InputError, match=r"^video .*a.mp4: there is no such file$"):
+        media.open_clip(tmp_path / "a.mp4", 5)
+
+
+def made(path, *options: str, source: str = "testsrc=s=64x48:r=24:d=0.5"):
+    """A file that ffmpeg makes."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", source, *options, path]
+    subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
+    return path
+
+
+@pytest.mark.parametrize("size", ["1x1", "63x47", "2x200", "1000x2"])
+@pytest.mark.parametrize("keep", ["first", "last"])
+def test_clips_of_odd_sizes(tmp_path, size, keep):
+    path = made(tmp_path / "a.mp4", "-c:v", "libx264", "-pix_fmt", "yuv444p", source=f"testsrc=s={size}:r=24:d=0.5")
+    clip = media.open_clip(path, 5, keep)
+    assert [frame.size for frame in clip] == 5 * [tuple(map(int, size.split("x")))]
+    assert media.fit_clip(clip, 16, 16).shape == (5, 16, 16, 3)
+
+
+@pytest.mark.parametrize("keep", ["first", "last"])
+def test_a_clip_of_one_frame(tmp_path, keep):
+    media.write(tmp_path / "a.mp4", smooth(1), 24)
+    assert len(media.open_clip(tmp_path / "a.mp4", 5, keep)) == 1
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webm", "a.mkv", "a.mov", "a.avi", "a.flv"])
+def test_clips_of_other_kinds(tmp_path, name):
+    colours = media.open_clip(made(tmp_path / "rgb.mp4", "-c:v", "libx264rgb", "-qp", "0"), 12)
+    clip = media.open_clip(made(tmp_path / name), 100)
+    assert len(clip) == 12
+    assert abs(np.stack(clip).astype(float) - np.stack(colours)).mean() < 20  # of 255: some of them are coarse
+
+
+def test_a_clip_that_is_only_heard(tmp_path, ten_seconds, capfd):
+    path = made(tmp_path / "a.mp4", source="sine=d=0.5")
+    with pytest.raises(InputError, match=r"^video .*a.mp4: not a readable video; .*does not contain any stream\)$"):
+        media.open_clip(path, 5)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_clip_is_turned_upright(tmp_path, capfd):
+    """By the matrix of its track, which phones write; the one before is that of the film."""
+    media.write(tmp_path / "a.mp4", smooth(3, 32, 48), 24)
+    lying = np.stack(media.open_clip(tmp_path / "a.mp4", 3))
+    data = (tmp_path / "a.mp4").read_bytes()
+    one = 1 << 16
+    before, after = (struct.pack(">9i", *matrix, 0, 0, 1 << 30) for matrix in ((one, 0, 0, 0, one, 0), (0, one, 0, -one, 0, 0)))
+    film, track, rest = data.split(before)
+    (tmp_path / "a.mp4").write_bytes(film + before + track + after + rest)
+    np.testing.assert_array_equal(np.stack(media.open_clip(tmp_path / "a.mp4", 3)), np.rot90(lying, -1, axes=(1, 2)))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_clip_of_too_large_pictures_is_refused(tmp_path, monkeypatch, ten_seconds, capfd):
+    data = bytearray(made(tmp_path / "a.gif").read_bytes())
+    data[6:10] = struct.pack("<HH", 12_000, 12_000)
+    (tmp_path / "a.gif").write_bytes(data)
+    with pytest.raises(InputError, match=r"^video .*a.gif: not a readable video; .*size 12000x12000 exceeds .* 100000000\b"):
+        media.open_clip(tmp_path / "a.gif", 5)
+    media.write(tmp_path / "a.mp4", smooth(5), 24)
+    monkeypatch.setattr(media, "MAX_PIXELS", 32 * 48 - 1)
+    with pytest.raises(InputError, match=r"^video .*a.mp4: not a readable video; .*size 48x32 exceeds .* 1535\b"):
+        media.open_clip(tmp_path / "a.mp4", 5)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_huge_files_are_no_clips_or_read(tmp_path, ten_seconds):
+    """Of 100 GB, which take no room: they are holes."""
+    media.write(tmp_path / "a.mp4", smooth(5), 24)
+    for name, begins in (("zeros.mp4", b""), ("unfinished.mp4", struct.pack(">II", 1, 0x6D646174) + struct.pack(">Q", 2**36))):
+        (tmp_path / name).write_bytes(begins)
+        os.truncate(tmp_path / name, 100 << 30)
+        with pytest.raises(InputError, match="not a readable video"):
+            media.open_clip(tmp_path / name, 5, "last")
+    os.truncate(tmp_path / "a.mp4", 100 << 30)
+    assert len(media.open_clip(tmp_path / "a.mp4", 9, "last")) == 5
+
+
+def clip_bytes(folder, name: str) -> bytes:
+    """One of the clips that are damaged in the tests."""
+    options = {"a.mp4": ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-movflags", "+faststart"], "b.mp4": ["-c:v", "mpeg4"]}
+    return made(folder / f"whole{name}", *options.get(name, [])).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "b.mp4", "c.gif", "d.webm"])
+def test_a_damaged_clip_is_read_or_refused(tmp_path, capfd, ten_seconds, name):
+    path, refused = tmp_path / name, []
+    for i, data in enumerate(mutations(clip_bytes(tmp_path, name), 12)):
+        path.write_bytes(data)
+        try:
+            clip = media.open_clip(path, 5, ["first", "last"][i % 2])
+        except InputError as error:
+            refused.append(str(error))
+        else:
+            assert 0 < len(clip) <= 5
+            assert {frame.mode for frame in clip} == {"RGB"}
+    assert {error.partition(": ")[0] for error in refused} == {f"video {path}"}
+    assert capfd.readouterr() == ("", "")
+
+
+def instead(monkeypatch, folder, script: str) -> None:
+    """A shell script in ffmpeg's place, which is $FFMPEG to it."""
+    path = folder / "ffmpeg.sh"
+    path.write_text(f"#!/bin/sh\nFFMPEG={imageio_ffmpeg.get_ffmpeg_exe()}\n{script}\n")
+    path.chmod(0o700)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(path))
+
+
+FRAME = r"printf 'P6\n1 1\n255\nabc'"
+
+
+@pytest.mark.parametrize("rest", ["", "P", r"P6\n1", r"P6\n1 1\n255\nab"])
+@pytest.mark.parametrize("keep", ["first", "last"])
+def test_an_ffmpeg_that_is_killed_has_no_last_frame(tmp_path, monkeypatch, keep, rest):
+    (tmp_path / "a.mp4").touch()
+    instead(monkeypatch, tmp_path, f"{FRAME}; printf '{rest}'; kill -9 $$")
+    with pytest.raises(InputError, match=r"not a readable video; .*ffmpeg ended with -9"):
+        media.open_clip(tmp_path / "a.mp4", 5, keep)
+    assert len(media.open_clip(tmp_path / "a.mp4", 1)) == 1
+
+
+def test_an_ffmpeg_that_goes_on_is_ended(tmp_path, monkeypatch, ten_seconds):
+    (tmp_path / "a.mp4").touch()
+    instead(monkeypatch, tmp_path, f"{FRAME}; exec sleep 60")
+    assert [frame.getpixel((0, 0)) for frame in media.open_clip(tmp_path / "a.mp4", 1)] == [tuple(b"abc")]
+
+
+def test_an_ffmpeg_that_says_much_is_not_waited_for(tmp_path, monkeypatch, ten_seconds):
+    """More than a pipe holds."""
+    (tmp_path / "a.mp4").touch()
+    instead(monkeypatch, tmp_path, f"yes oh | head -c 1000000 >&2; {FRAME}")
+    assert len(media.open_clip(tmp_path / "a.mp4", 5)) == 1
+
+
+def test_without_ffmpeg(tmp_path, monkeypatch):
+    def none():
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    (tmp_path / "a.mp4").touch()
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", none)
+    with pytest.raises(InputError, match="No ffmpeg exe"):
+        media.open_clip(tmp_path / "a.mp4", 5)
+    with pytest.raises(RunError, match="No ffmpeg exe"):
+        media.write(tmp_path / "b.mp4", smooth(5), 24)
+
+
+def test_the_last_frames_of_a_long_clip_take_no_more_memory(tmp_path):
+    path = made(tmp_path / "a.mp4", "-c:v", "libx264", "-pix_fmt", "yuv420p", source="testsrc=s=256x256:r=24:d=10")
+    tracemalloc.start()
+    try:
+        assert len(media.open_clip(path, 5, "last")) == 5
+        assert tracemalloc.get_traced_memory()[1] < 5e6  # all would be 47 MB
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(("count", "keep", "taken"), [(3, "first", [0, 1, 2]), (3, "last", [4, 5, 6]), (9, "last", range(7))])
@@ -256,14 +710,12 @@ def test_open_clip_takes_an_end(tmp_path, count, keep, taken):
 # Arrays to files
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")  # of imageio beside JAX
 @pytest.mark.parametrize(("name", "fps"), [("a.mp4", 24.0), ("B.MP4", 12.5)])
 def test_a_clip_that_is_read_back(tmp_path, name, fps):
     clip = smooth(9, 48, 80)
     media.write(tmp_path / name, clip, fps)
-    found = imageio.immeta(tmp_path / name, plugin="FFMPEG")
-    assert (found["codec"], found["size"], found["fps"]) == ("h264", (80, 48), fps)
-    assert found["pix_fmt"].startswith("yuv420p")  # plays everywhere
+    # yuv420p plays everywhere
+    assert re.match(rf"h264 .*, yuv420p\b.*, 80x48\b.*, {fps:g}0* fps\b", streams(tmp_path / name)["Video"])
     frames = np.stack(media.open_clip(tmp_path / name, 100))
     assert frames.shape == clip.shape
     assert np.abs(frames.astype(float) - clip).mean() < 3  # of 255, at quality 8
@@ -311,20 +763,180 @@ def test_a_write_that_fails_changes_nothing(tmp_path, monkeypatch, name, count, 
     path = tmp_path / name
     if before:
         path.write_bytes(before)
-    monkeypatch.setattr(media.imageio, "imwrite", half_written)
-    monkeypatch.setattr(Image.Image, "save", lambda self, path, **_: half_written(path))
-    with pytest.raises(InputError, match="no space left"):
+    monkeypatch.setattr(media, "_encode", half_written)
+    monkeypatch.setattr(media, "_write_image", half_written)
+    with pytest.raises(RunError, match="no space left"):
         media.write(path, noise(count, 16, 16), 24)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == ({name: before} if before else {})
 
 
 def test_an_encoder_that_fails_changes_nothing(tmp_path):
-    """yuv420p takes no odd sizes: ffmpeg says so when it is closed, and imageio does not."""
+    """yuv420p takes no odd sizes."""
     path = tmp_path / "a.mp4"
     path.write_bytes(b"a good one")
-    with pytest.raises(InputError, match="ffmpeg wrote 0 of 5 frames"):
+    with pytest.raises(RunError, match=r"a.mp4: could not be written \(ffmpeg ended with \d+: width not divisible by 2"):
         media.write(path, noise(5, 31, 31), 24)
     assert path.read_bytes() == b"a good one"
+
+
+@pytest.fixture
+def files_end_at():
+    """How many bytes a file may have, to this process and those it starts."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("part", [0, 0.01, 0.3, 0.6, 0.99, 1])
+@pytest.mark.parametrize("name", ["a.mp4", "sound.mp4", "a.wav", "a.png", "a.jpg", "a.webp"])
+def test_a_disk_that_is_full_changes_nothing(tmp_path, files_end_at, name, part):
+    path = tmp_path / name
+    frames = noise(1 if path.suffix in media.IMAGE_SUFFIXES else 5, 64, 64)
+    sound = white(5 / 24, 48000) if name in ("sound.mp4", "a.wav") else None
+    media.write(path, frames, 24, sound)
+    size = path.stat().st_size
+    path.write_bytes(b"a good one")
+    files_end_at(round(part * (size - 1)))
+    with pytest.raises(RunError, match=rf"{name}: could not be written \("):
+        media.write(path, frames, 24, sound)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: b"a good one"}
+    files_end_at(2 * size)
+    media.write(path, frames, 24, sound)
+    assert path.stat().st_size == size
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 5, 20, 40])
+def test_an_ffmpeg_that_cannot_write_fails(tmp_path, monkeypatch, blocks):
+    """It hears of it here; above, the signal that comes with the limit ends it."""
+    instead(monkeypatch, tmp_path, f'trap "" XFSZ; ulimit -f {blocks}; exec "$FFMPEG" "$@"')
+    with pytest.raises(RunError, match=r"a.mp4: could not be written \(ffmpeg ended with \d+: .*File too large"):
+        media.write(tmp_path / "a.mp4", noise(24, 64, 64), 24)
+    assert [path.name for path in tmp_path.iterdir()] == ["ffmpeg.sh"]
+
+
+def test_an_ffmpeg_that_hides_that_it_cannot_write_fails(tmp_path, monkeypatch):
+    """As version 4.2 does, which imageio-ffmpeg brought until 2024."""
+    instead(monkeypatch, tmp_path, '"$FFMPEG" "$@"; echo "Error writing trailer of a.mp4: No space left on device" >&2; exit 0')
+    with pytest.raises(RunError, match=r"Error writing trailer of a.mp4: No space left on device"):
+        media.write(tmp_path / "a.mp4", smooth(5), 24)
+
+
+def test_a_picture_that_its_format_cannot_hold(tmp_path):
+    with pytest.raises(RunError, match=r"a.webp: could not be written \(.*16383"):
+        media.write(tmp_path / "a.webp", np.zeros((1, 1, 17_000, 3), np.uint8), 24)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_frames_need_not_lie_in_a_row(tmp_path):
+    clip = smooth(9)
+    media.write(tmp_path / "a.mp4", clip[::-2, ::-1], 24)
+    media.write(tmp_path / "b.mp4", np.ascontiguousarray(clip[::-2, ::-1]), 24)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_frames_are_not_copied(tmp_path):
+    clip = np.zeros((20, 256, 256, 3), np.uint8)
+    media.write(tmp_path / "a.mp4", clip[:1], 24)
+    tracemalloc.start()
+    try:
+        media.write(tmp_path / "a.mp4", clip, 24)
+        assert tracemalloc.get_traced_memory()[1] < clip.nbytes / 4
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["http:/a.mp4", "a%03d.mp4", "-y.mp4", "a b'c.mp4", "pipe:.mp4", "ä😀.mp4"])
+def test_names_that_mean_more_to_ffmpeg(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "http:").mkdir()
+    path = media.Path(name)
+    media.write(path, smooth(5), 24, white(5 / 24, 48000), {"a": 1})
+    assert len(media.open_clip(path, 9)) == 5
+    assert media.read_metadata(path) == {"a": 1}
+
+
+# Arrays to files: metadata
+
+
+METADATA = [
+    {},
+    {"prompt": "a ball", "seed": 2**70, "steps": [1, None, 1.5, {"deep": True}]},
+    {"a=b;c#d\\e": "=;#\\\n\r\t\"' \0 é😀 \ud800 [STREAM]\ncomment=no\n;FFMETADATA1\\"},
+    {"prompt": 50_000 * "x\n=;"},
+    {"prompt": 250_000 * "é#\\\n"},
+]
+
+
+def size_of(value) -> str:
+    return f"{len(json.dumps(value))} characters"
+
+
+@pytest.mark.parametrize("metadata", METADATA, ids=size_of)
+@pytest.mark.parametrize("name", ["a.mp4", "A.MP4", "sound.mp4", "a.png", "A.PNG"])
+def test_metadata_is_read_back(tmp_path, name, metadata):
+    path = tmp_path / name
+    sound = white(1 / 24, 48000) if name == "sound.mp4" else None
+    media.write(path, smooth(1), 24, sound, metadata)
+    assert media.read_metadata(path) == metadata
+    if path.suffix.lower() == ".png":
+        with Image.open(path) as file:
+            assert json.loads(file.text["comment"]) == metadata
+    else:
+        assert json.dumps(metadata).encode("ascii") in path.read_bytes()
+        assert ("Audio" in streams(path)) == (sound is not None)
+        assert len(media.open_clip(path, 5)) == 1
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.png", "a.jpg", "a.webp", "a.wav"])
+@pytest.mark.parametrize("metadata", [None, {"prompt": "a ball"}])
+def test_the_same_makes_the_same_file(tmp_path, name, metadata):
+    made_twice = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        sound = white(1 / 24, 48000) if name in ("a.mp4", "a.wav") else None
+        media.write(tmp_path / folder / name, smooth(1), 24, sound, metadata)
+        made_twice.append((tmp_path / folder / name).read_bytes())
+    assert made_twice[0] == made_twice[1]
+    assert (b"a ball" in made_twice[0]) == (metadata is not None and name in ("a.mp4", "a.png"))
+
+
+def test_metadata_changes_no_frame(tmp_path):
+    media.write(tmp_path / "a.mp4", smooth(9), 24)
+    media.write(tmp_path / "b.mp4", smooth(9), 24, None, {"prompt": "a ball"})
+    assert boxes((tmp_path / "a.mp4").read_bytes(), "mdat") == boxes((tmp_path / "b.mp4").read_bytes(), "mdat")
+
+
+def commented(text: str) -> bytes:
+    info = PngInfo()
+    info.add_text("comment", text)
+    return encoded("PNG", pnginfo=info)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no picture", encoded("PNG"), encoded("GIF", comment=b"{}"), *map(commented, ("no", "[1]", "{", "", 10_000 * "["))],
+)
+def test_pictures_without_metadata(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"^file .*a.png: (holds no metadata; an .mp4 or .png|not a readable image)"):
+        media.read_metadata(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("tag", [None, "comment=no", "comment={", "comment=[1]", "comment={\n}", "title={}"])
+def test_clips_without_metadata(tmp_path, capfd, tag):
+    made(tmp_path / "a.mp4", *(["-metadata", tag] if tag else []))
+    with pytest.raises(InputError, match=r"^file .*a.mp4: holds no metadata; an .mp4 or .png that this project wrote is expe"):
+        media.read_metadata(tmp_path / "a.mp4")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.jpg", "a", "b.mp4"])
+def test_files_without_metadata(tmp_path, name):
+    (tmp_path / "a.mp4").write_bytes(b"no clip")
+    (tmp_path / "a.jpg").write_bytes(encoded("JPEG"))
+    (tmp_path / "a").write_bytes(b"")
+    with pytest.raises(InputError, match=rf"^file .*{name}: (holds no metadata|there is no such file)"):
+        media.read_metadata(tmp_path / name)
 
 
 def test_a_file_is_replaced_and_open_to_others(tmp_path):
@@ -538,7 +1150,7 @@ def test_sound_is_not_taken_for_another_kind_of_file(tmp_path):
 def test_sound_that_is_no_number_is_refused(tmp_path, name, value):
     noise = white(5 / 24, 8000)
     noise.wave_cn[1, 77] = value
-    with pytest.raises(InputError, match=f"{name}: the sound has values that are no numbers$"):
+    with pytest.raises(RunError, match=f"{name}: the sound has values that are no numbers$"):
         media.write(tmp_path / name, smooth(5), 24, noise)
     assert list(tmp_path.iterdir()) == []
 
@@ -562,7 +1174,7 @@ def test_sound_that_fails_changes_nothing(tmp_path, monkeypatch, capfd, name, in
     if before:
         path.write_bytes(before)
     monkeypatch.setattr(media, name, instead)
-    with pytest.raises(InputError, match=r"a.mp4: could not be written \(ffmpeg wrote \d+ of 50000 samples of sound"):
+    with pytest.raises(RunError, match=r"a.mp4: could not be written \(ffmpeg wrote \d+ of 50000 samples of sound"):
         media.write(path, smooth(25), 24, white(25 / 24, 48000))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == ({"a.mp4": before} if before else {})
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import wave
+from unittest import mock
 
 import cases
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from metrics import errors, outputs, random, sample
 
-from cosmos3_jax import Cosmos3Pipeline, InputError, Request, media
+from cosmos3_jax import BlockedError, Cosmos3Pipeline, InputError, OutOfMemoryError, Request, RunError, media, pipeline, sampler
 from cosmos3_jax.models.transformer import UndTower
 from cosmos3_jax.pipeline import encode
 
@@ -187,6 +188,140 @@ def test_settings_have_the_defaults_of_a_request(pipes):
 def test_a_callback_that_cannot_be_called_is_refused(pipes):
     with pytest.raises(InputError, match="callback_on_step_end: a function is expected, not str"):
         pipes("small")("text", callback_on_step_end="stop", **SMALL)
+
+
+def test_a_callback_with_numbers_that_are_none_is_refused(pipes):
+    with pytest.raises(InputError, match="callback_on_step_end returned latents that are NaN or infinite"):
+        pipes("small")("text", callback_on_step_end=lambda step, timestep, x: x * np.nan, **SMALL)
+
+
+def test_a_callback_shows_what_there_is(pipes):
+    """A preview of the last step is the result; one of the first latent frames, the beginning of it."""
+    pipe, shown = pipes("small"), []
+    result = pipe(
+        "text", callback_on_step_end=lambda step, timestep, x: shown.append((pipe.decode(x), pipe.decode(x[:, :, :1]))), **SMALL
+    )
+    assert [(whole.shape, first.shape) for whole, first in shown] == [((5, 32, 32, 3), (1, 32, 32, 3))] * 3
+    np.testing.assert_array_equal(shown[-1][0], result.video)
+    np.testing.assert_allclose(shown[-1][1], result.video[:1], atol=1e-5)  # another program rounds otherwise
+    assert np.abs(shown[0][0] - result.video).max() > 1e-2
+    np.testing.assert_array_equal(result.video, pipe("text", **SMALL).video)
+
+
+@pytest.mark.parametrize("shape", [(16, 2, 2, 2), (1, 16, 2, 2), (1, 48, 2, 2, 2), (1, 16, 0, 2, 2)])
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_a_preview_of_what_are_no_latents_is_refused(pipes, shape, kind):
+    with pytest.raises(InputError, match=r"^latents: floats \[1, 16, t, h, w\] are expected, not "):
+        pipes("small").decode(np.zeros(shape, kind))
+    with pytest.raises(InputError, match=r"not \[\] of object"):
+        pipes("small").decode(None)
+
+
+class CancelledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_callback_that_raises_ends_the_run(pipes, step):
+    """With its own exception, after that step; the pipeline goes on with the next as if nothing had been."""
+    seen = []
+
+    def cancel(at, timestep, latents):
+        seen.append(at)
+        if at == step:
+            raise CancelledError
+
+    with pytest.raises(CancelledError):
+        pipes("small")("text", callback_on_step_end=cancel, **SMALL)
+    assert seen == list(range(step + 1))
+    np.testing.assert_array_equal(*(pipes("small")("text", **SMALL).video for _ in range(2)))
+
+
+def test_memory_that_ends_is_told_with_its_stage(pipes, monkeypatch):
+    """And the pipeline goes on with the next request."""
+    whole = pipes("small")("text", **SMALL).video
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+    for where, stage in (("denoise", "denoise"), ("prefill", "prefill"), ("decode", "decode"), ("noise", "noise")):
+        with monkeypatch.context() as patch:
+            home = sampler if where == "denoise" else pipeline
+            patch.setattr(home, where, mock.Mock(side_effect=error))
+            with pytest.raises(OutOfMemoryError, match=rf"^{stage}: out of memory \(RESOURCE_EXHAUSTED: .* 9 bytes\.\)$"):
+                pipes("small")("text", **SMALL)
+    np.testing.assert_array_equal(pipes("small")("text", **SMALL).video, whole)
+
+
+# A safety checker
+
+
+class Checker:
+    """Refuses the word "bad", and videos when it is told to; blackens a corner."""
+
+    def __init__(self, *, blocks_video: bool = False, blackens: bool = False):
+        self.blocks_video, self.blackens, self.seen = blocks_video, blackens, []
+
+    def check_prompt(self, text):
+        self.seen.append(text)
+        return "bad" not in text
+
+    def check_video(self, frames):
+        self.seen.append((frames.shape, frames.dtype))
+        if self.blackens:
+            frames[:, :4, :4] = 0
+        return None if self.blocks_video else frames
+
+
+@pytest.fixture
+def checked(folders):
+    """`checked(**how)`: a pipeline with a checker."""
+
+    def make(**how):
+        checker = Checker(**how)
+        return Cosmos3Pipeline.from_pretrained(
+            folders("small"), dtype="float32", safety_checker=checker, progress=False
+        ), checker
+
+    return make
+
+
+def test_a_blocked_prompt_runs_nothing(checked, monkeypatch):
+    pipe, checker = checked()
+    monkeypatch.setattr(pipeline, "token_ids", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(BlockedError, match=r"^prompt: blocked by Checker \(.*\); ask for something else$"):
+        pipe("a bad thing", "a negative", **SMALL)
+    assert checker.seen == ["a bad thing"]
+
+
+@pytest.mark.parametrize("output_type", ["np", "pil"])
+def test_a_blocked_video_is_not_given(checked, output_type):
+    pipe, checker = checked(blocks_video=True)
+    with pytest.raises(BlockedError, match=r"^video: blocked by Checker"):
+        pipe("text", output_type=output_type, **SMALL)
+    assert checker.seen == ["text", ((5, 32, 32, 3), np.uint8)]
+
+
+@pytest.mark.parametrize("output_type", ["np", "pil"])
+def test_frames_are_those_that_the_checker_lets_pass(checked, pipes, output_type):
+    result = checked(blackens=True)[0]("text", output_type=output_type, **SMALL)
+    plain = pipes("small")("text", output_type=output_type, **SMALL)
+    found, expected = (np.stack(each.video) for each in (result, plain))
+    assert (found[:, :4, :4] == 0).all()
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    expected[:, :4, :4] = 0
+    np.testing.assert_array_equal(found, expected)
+    assert result.metadata == plain.metadata | {"guardrails": "Checker"}
+
+
+def test_latents_are_not_checked(checked):
+    pipe, checker = checked(blocks_video=True)
+    assert pipe("text", output_type="latent", **SMALL).video.shape == (1, 16, 2, 2, 2)
+    assert checker.seen == ["text"]
+
+
+def test_a_checker_that_fails_lets_nothing_pass(checked):
+    pipe, checker = checked()
+    checker.check_video = mock.Mock(side_effect=ZeroDivisionError)
+    with pytest.raises(RunError, match=r"^video: Checker failed, "):
+        pipe("text", **SMALL)
 
 
 # Sound
