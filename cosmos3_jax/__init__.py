@@ -1,7 +1,7 @@
 """NVIDIA Cosmos3, the open world model, in JAX."""
 
 from cosmos3_jax.axes import make_mesh
-from cosmos3_jax.errors import BlockedError, Cosmos3Error, InputError, OutOfMemoryError, RunError, StoppedError
+from cosmos3_jax.errors import BlockedError, Cosmos3Error, DeviceError, InputError, OutOfMemoryError, RunError, StoppedError
 from cosmos3_jax.pipeline import Cosmos3Pipeline
 from cosmos3_jax.request import Request
 from cosmos3_jax.result import Result
@@ -12,6 +12,7 @@ __all__ = [
     "BlockedError",
     "Cosmos3Error",
     "Cosmos3Pipeline",
+    "DeviceError",
     "InputError",
     "OutOfMemoryError",
     "Request",

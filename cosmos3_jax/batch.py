@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from cosmos3_jax import media
-from cosmos3_jax.errors import Cosmos3Error, InputError, OutOfMemoryError, StoppedError
+from cosmos3_jax.errors import Cosmos3Error, DeviceError, InputError, OutOfMemoryError, StoppedError
 from cosmos3_jax.output_folder import OutputFolder, Stamp
 from cosmos3_jax.processes import agree, are_several, told
 from cosmos3_jax.provenance import alike
@@ -35,24 +35,27 @@ class Tally:
 
 
 class Batch:
-    """Requests on their way into a folder; `resolve` checks the words of a line, `fail_fast` raises the first failure.
+    """Requests on their way into a folder.
 
-    Of the processes of one mesh only the first has the folder.
+    `resolve` checks the words of a line, `metadata` is what the result of a request would have: both raise Cosmos3Error where
+    they cannot. `fail_fast` raises the first failure. Of the processes of one mesh only the first has the folder.
     """
 
     def __init__(
-        self, lines: Sequence[Line], folder: OutputFolder | None, resolve: Callable[[Line], ResolvedRequest], *, fail_fast: bool
+        self,
+        lines: Sequence[Line],
+        folder: OutputFolder | None,
+        resolve: Callable[[Line], ResolvedRequest],
+        metadata: Callable[[ResolvedRequest], Mapping[str, Any]],
+        *,
+        fail_fast: bool,
     ):
-        self.lines, self.folder, self.resolve, self.fail_fast = lines, folder, resolve, fail_fast
+        self.lines, self.folder, self.resolve, self.metadata, self.fail_fast = lines, folder, resolve, metadata, fail_fast
         self.tally = Tally()
         self.waiting: dict[int, Stamp] = {}  # which lines are to be done, and the records there were of them
 
-    def survey(self, metadata: Callable[[ResolvedRequest], Mapping[str, Any]]) -> bool:
-        """Whether there is anything to do: lines that are right and not finished. What failed before comes last.
-
-        `metadata` is what the result of a request would have; it raises Cosmos3Error where that cannot be told.
-        """
-        self.metadata = metadata
+    def survey(self) -> bool:
+        """Whether there is anything to do: lines that are right and not finished. What failed before comes last."""
         if self.folder is not None:
             before = {index: self.folder.status(line.name) for index, line in enumerate(self.lines)}
             for index in sorted(before, key=lambda index: before[index] == "failed"):
@@ -131,7 +134,7 @@ class Batch:
         self.tally.failed.append(line.name)
         if self.folder is not None:
             self.folder.failed(line.name, error)
-        if self.fail_fast or not isinstance(error, Cosmos3Error) or _is_lonely(error):
+        if self.fail_fast or not isinstance(error, Cosmos3Error) or _is_final(error):
             raise error
         log.error("%s: %s", line.name, error)
 
@@ -150,7 +153,7 @@ def _in_step(line: Line, do: Callable[[], T]) -> T:
     try:
         made = do()
     except Cosmos3Error as error:
-        if isinstance(error, StoppedError) or _is_lonely(error):
+        if isinstance(error, StoppedError) or _is_final(error):
             raise
         failure = error
     try:
@@ -162,6 +165,9 @@ def _in_step(line: Line, do: Callable[[], T]) -> T:
     return made
 
 
-def _is_lonely(error: Exception) -> bool:
-    """Whether an error may be one of this process alone, while others wait for it in a program."""
-    return isinstance(error, OutOfMemoryError) and are_several()
+def _is_final(error: Exception) -> bool:
+    """Whether none can follow: a device failed, perhaps that of this process alone, while others wait for it in a program.
+
+    Where memory ends for one process alone, another request may need less.
+    """
+    return isinstance(error, DeviceError) and (are_several() or not isinstance(error, OutOfMemoryError))

@@ -3,6 +3,7 @@
 The folder is in the published layout (published.py) or was written by `python -m convert` (converted.py).
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from cosmos3_jax import hub
 from cosmos3_jax.config import SchedulerConfig, SoundConfig, TransformerConfig, VAEConfig
 from cosmos3_jax.converted import MARK, ConvertedWeights
-from cosmos3_jax.errors import InputError
+from cosmos3_jax.errors import InputError, shown
 from cosmos3_jax.folder import read_json, within
 from cosmos3_jax.processes import is_first
 from cosmos3_jax.published import PublishedWeights
@@ -67,6 +68,11 @@ class Checkpoint:
         InputError for a folder that is no such checkpoint.
         """
         folder = locate(path, weights=weights, sound=sound)
+        with _readable(folder):
+            return cls._read(folder, sound=sound)
+
+    @classmethod
+    def _read(cls, folder: Path, *, sound: bool) -> Self:
         for name in (*FOLDERS, "sound_tokenizer", "assets"):
             within(folder, folder / name)
         for file in (folder / "text_tokenizer").rglob("*"):  # they are opened by another library
@@ -131,19 +137,35 @@ class Checkpoint:
 
         Raises InputError with every tensor that is missing, unexpected, misshapen or not of floats; nothing was read by then.
         """
-        weights = self.weights()
-        if problems := weights.audit(networks):
+        with _readable(self.folder):
+            weights = self.weights()
+            problems = weights.audit(networks)
+        if problems:
             listing = "\n  ".join(line if line.isprintable() else ascii(line) for line in problems)
             count = f"{len(problems)} fault{'s' if len(problems) > 1 else ''}"
             raise InputError(f"{self.folder}: {count} in the tensors\n  {listing}")
         return weights
 
 
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Raises InputError for what the system does not let us read."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error})") from error
+
+
 def locate(path: str | Path, *, weights: bool = True, sound: bool = False) -> Path:
     """The folder of a checkpoint, downloaded if need be. Raises InputError if there is none."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").exists():
+    try:
+        folder = Path(path).expanduser()
+        is_folder, is_checkpoint = folder.is_dir(), (folder / "model_index.json").exists()
+    except Exception as error:  # no path, one that is too long, or that may not be looked at
+        name = shown(str(path) if isinstance(path, Path) else path)
+        raise InputError(f"{name}: no folder that can be read ({getattr(error, 'strerror', None) or error})") from error
+    if is_folder:
+        if not is_checkpoint:
             raise InputError(f"{folder}: no model_index.json there; a checkpoint folder in the published layout is expected")
         return folder
     repository = Path(str(path).partition("@")[0])

@@ -28,12 +28,16 @@ class RunError(Cosmos3Error, RuntimeError):
     """A request that could be used went wrong on the way: numbers that are none, a disk that is full."""
 
 
-class OutOfMemoryError(RunError):
-    """A device has less memory than a stage of the request needs."""
+class DeviceError(RunError):
+    """A device, or XLA on it, failed in a stage of the request."""
 
     def __init__(self, message: str, stage: str):
         super().__init__(message)
         self.stage = stage
+
+
+class OutOfMemoryError(DeviceError):
+    """A device, or the host, has less memory than a stage of the request needs."""
 
 
 class StoppedError(Cosmos3Error):

@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             return _end(StoppedError("stopped by SIGINT"))
         except Cosmos3Error as error:
+            if arguments.verbose:
+                traceback.print_exc()
             return _end(error)
         except BaseException as error:
             if processes.are_several():
@@ -130,9 +132,9 @@ def _generate_many(arguments: argparse.Namespace) -> int:
         request = open_media(request, checkpoint.vae)
         return provenance(request, checkpoint, mesh, dtype, quantize=arguments.quantize, guardrails=None)
 
-    batch = Batch(lines, folder, resolved, fail_fast=arguments.fail_fast)
+    batch = Batch(lines, folder, resolved, metadata, fail_fast=arguments.fail_fast)
     with stoppable() as check:
-        if batch.survey(metadata):
+        if batch.survey():
             pipe, _ = _load(arguments, sound=sound)
             for name, value in (_settings(arguments, pipe) | {"text_tower": pipe.residence}).items():
                 log.info("%20s  %s", name, value)
@@ -142,7 +144,7 @@ def _generate_many(arguments: argparse.Namespace) -> int:
         log.info("%20s  %d", what.replace("_", " "), len(names))
     seconds = round(time.perf_counter() - start, 3)
     _tell({"out_dir": arguments.out_dir, "requests": len(lines), **vars(tally), "seconds": seconds, "version": VERSION})
-    return 1 if tally.failed else 0
+    return min(1, processes.told(len(tally.failed)))
 
 
 def _path(arguments: argparse.Namespace) -> str | Path:

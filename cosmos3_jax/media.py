@@ -150,8 +150,6 @@ def _rgb(image: Image.Image, what: str) -> Image.Image:
             if image.mode.startswith("I;") or (image.mode == "I" and values.max() > 255):
                 values = np.rint(values / 257).astype(np.int32)
             image = Image.fromarray(np.rint(_levels(what, values)).astype(np.uint8))
-        if "transparency" in image.info:
-            image = image.convert("RGBA")
         return image.convert("RGB")
 
 
@@ -370,7 +368,7 @@ def _encode(path: Path, frames: np.ndarray, fps: float, sound: Sound | None, com
             inputs += ["-i", str(_encode_sound(Path(scratch), sound))]
             output += ["-map", "2:a", "-c:a", "copy"]
         pixels = np.ascontiguousarray(frames).data.cast("B")
-        _ffmpeg(*inputs, *output, "-movflags", "+faststart", f"file:{path}", given=pixels)
+        _ffmpeg(*inputs, *output, "-movflags", "+faststart", str(path), given=pixels)
         if sound is not None:
             _heard(path, sound)
 
@@ -392,7 +390,7 @@ def _encode_sound(folder: Path, sound: Sound) -> Path:
 def _heard(path: Path, sound: Sound) -> np.ndarray:
     """The sound that a file decodes to, [channels, samples]. Raises OSError if it is shorter or longer than `sound`."""
     channels, samples = sound.wave_cn.shape
-    pcm = _ffmpeg("-i", f"file:{path}", "-map", "0:a:0", "-f", "f32le", "-ar", str(sound.sample_rate), "-")
+    pcm = _ffmpeg("-i", str(path), "-map", "0:a:0", "-f", "f32le", "-ar", str(sound.sample_rate), "-")
     heard = np.frombuffer(pcm, np.float32).reshape(-1, channels).T
     if not samples - 16 <= heard.shape[1] < samples + AAC_FRAME:  # resampled; some ffmpegs decode the last frame whole
         raise OSError(f"ffmpeg wrote {heard.shape[1]} of {samples} samples of sound; is the disk full?")

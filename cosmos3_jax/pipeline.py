@@ -36,7 +36,7 @@ from cosmos3_jax.prompt import load_tokenizer, pad, system_prompt, texts, tokeni
 from cosmos3_jax.provenance import provenance
 from cosmos3_jax.request import Request, ResolvedRequest, resolve
 from cosmos3_jax.result import Result
-from cosmos3_jax.stage import memory_told, timed
+from cosmos3_jax.stage import failures_told, timed
 from cosmos3_jax.weights import Network
 
 DTYPES = ("float32", "bfloat16")
@@ -138,7 +138,7 @@ class Cosmos3Pipeline:
         residence = Residence(fill, networks, mesh, text_tower, quantize=quantize)
         if residence.text_tower == "keep":
             for part in ("und", "gen", "vae"):
-                with memory_told("load"):
+                with failures_told("load"):
                     residence.bring(part, progress=progress)
         return cls(checkpoint, tokenizer, mesh, dtype, residence, checker)
 
@@ -191,7 +191,7 @@ class Cosmos3Pipeline:
         if self.safety_checker is not None:
             safety.check_prompt(self.safety_checker, request.prompt)
         metadata = self.metadata(request)
-        with memory_told("noise"):
+        with failures_told("noise"):
             draws = self._noise(request)
         steps = self._steps(request, jax.tree.map(lambda each: each[1:], draws))
         seconds: dict[str, float] = {}

@@ -5,10 +5,15 @@ into a JSON caption, the negative prompt left alone. "diffusers" reproduces that
 prompt, the same sentences on JSON too, and their "is not" forms on the negative prompt.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -16,6 +21,11 @@ import numpy as np
 from cosmos3_jax.errors import InputError
 
 STYLES = ("native", "diffusers")
+# Real captions have some 2,000. The text tower looks back at all tokens before each: of 16,384 the tiny model would take 10 s.
+MOST_TOKENS = 8192
+MOST_TEXT = 1 << 18  # characters of a prompt; to count its tokens takes time, too
+MOST_CHAT = 1 << 20  # characters that a chat template makes; in a JSON caption one may become twelve
+MOST_LINES = 100_000  # of a chat template that are run; the published ones have some 20 a turn
 BUCKET = 128  # prompts are padded to a multiple of this, so that another prompt finds the compiled program again
 
 # sic, "give": the model was trained with it
@@ -57,8 +67,8 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Any:
         raise InputError(f"{folder}: makes tokens up to {largest}, but the model has vocab_size={vocab_size}")
     try:
         tokenize(tokenizer, "text", "system")
-    except Exception as error:  # whatever a template written by others may do
-        raise InputError(f"{folder}: the chat template cannot be used ({error})") from error
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
     return tokenizer
 
 
@@ -101,10 +111,15 @@ def _with_sentences(text: str, metadata: Metadata, no: str = "") -> str:
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
+    """A caption; None for a text, with a warning if it may be meant as a caption: it begins like one, or is a list."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):  # the latter of thousands of brackets
+    except (ValueError, RecursionError) as error:  # the latter of thousands of brackets
+        if text.lstrip().startswith("{"):
+            warnings.warn(f"prompt: it begins like a JSON caption and is not JSON ({error}); it is taken as text", stacklevel=2)
         return None
+    if isinstance(value, list):
+        warnings.warn("prompt: a JSON caption is an object, this is a list; it is taken as text", stacklevel=2)
     return value if isinstance(value, dict) else None
 
 
@@ -116,17 +131,53 @@ def system_prompt(style: str, metadata: Metadata, wanted: bool) -> str | None:
 
 
 def tokenize(tokenizer: Any, text: str, system: str | None = None) -> list[int]:
-    """The ids of one chat turn, ending with the end of text and the start of vision."""
+    """The ids of one chat turn, ending with the end of text and the start of vision.
+
+    Raises InputError where the tokenizer's chat template fails, or makes too much of the text.
+    """
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": text})
-    encoded = tokenizer.apply_chat_template(
-        turns, tokenize=True, add_generation_prompt=True, add_vision_id=False, return_dict=True
-    )
-    return [*encoded["input_ids"], tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|vision_start|>")]
+    try:
+        with _ending():
+            chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, add_vision_id=False)
+    except Exception as error:  # whatever a template written by others may do
+        raise InputError(f"the chat template cannot be used ({error})") from error
+    if len(chat) > MOST_CHAT:
+        raise InputError(f"the chat template cannot be used: it makes {len(chat)} characters, {MOST_CHAT} are possible")
+    ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|vision_start|>")]
+
+
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """Ends a chat template that loops (Jinja's sandbox limits one loop, not loops in loops): raises ValueError."""
+    left = MOST_LINES
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != "<template>":  # as Jinja calls what it compiles
+            return None
+        left -= 1
+        if left < 0:
+            raise ValueError(f"it does not end within {MOST_LINES} lines")
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def pad(branches: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """(ids_BS, length_B), int32: right-padded with zeros to one bucket. What the padding holds is never seen."""
+    """(ids_BS, length_B), int32: right-padded with zeros to one bucket. What the padding holds is never seen.
+
+    Raises InputError for a branch of more than MOST_TOKENS.
+    """
+    for name, ids in zip(("prompt", "negative_prompt"), branches, strict=False):
+        if len(ids) > MOST_TOKENS:
+            raise InputError(f"{name}: {len(ids)} tokens with what is added to it; {MOST_TOKENS} are possible; shorten it")
     length_B = np.array([len(ids) for ids in branches], np.int32)
     ids_BS = np.zeros((len(branches), -(-int(length_B.max()) // BUCKET) * BUCKET), np.int32)
     for row, ids in zip(ids_BS, branches, strict=True):

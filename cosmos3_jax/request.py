@@ -5,10 +5,12 @@ Names are those of diffusers where it has them.
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import numbers
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,12 +18,25 @@ from PIL import Image
 
 from cosmos3_jax.config import UNIPC, SchedulerConfig, SoundConfig, TransformerConfig, VAEConfig
 from cosmos3_jax.errors import InputError, shown
-from cosmos3_jax.prompt import STYLES, Metadata
+from cosmos3_jax.prompt import MOST_TEXT, STYLES, Metadata
 from cosmos3_jax.sampler import GRIDS
 
 OUTPUT_TYPES = ("np", "pil", "latent")
 # The most that is possible: H.264 has no larger pictures, and a sampler no more steps than the model has timesteps.
 MOST = {"height": 16384, "width": 16384, "num_inference_steps": 1000, "steps_per_call": 1000, "seed": 2**32 - 1}
+WHOLE = {"num_frames": 1, "height": 1, "width": 1, "num_inference_steps": 1, "steps_per_call": 1, "seed": 0}  # at least
+RANGES: dict[str, tuple[float, float]] = {
+    "fps": (0.1, 1000),
+    "flow_shift": (0.01, 1000),
+    "guidance_scale": (-1000, 1000),
+    "step_cache": (0, 1),
+}
+CHOICES = {
+    "sigmas": GRIDS,
+    "prompt_style": STYLES,
+    "output_type": OUTPUT_TYPES,
+    "condition_video_keep": ("first", "last"),
+}
 MOST_TOKENS = 1 << 20  # generated ones, of the latents' patches; 189 frames of 720p are 44,160
 
 
@@ -86,7 +101,7 @@ def resolve(
     """The request with its defaults filled in. Raises InputError where a value cannot be used with this checkpoint."""
     if isinstance(request, ResolvedRequest):
         return request
-    _check_types(request)
+    request = _plain(request)
     _check_sizes(request, transformer, vae)
     _check_given(request, vae)
     if request.latents is not None:
@@ -118,51 +133,98 @@ def _check_distilled(request: Request, scheduler: SchedulerConfig) -> dict[str, 
     return fixed
 
 
-def _is_whole(value: Any, least: int = 0) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+def _plain(request: Request) -> Request:
+    """Each value by itself, as Python's own number or numpy's array. Raises InputError for one that cannot be used."""
+    given = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    _check_texts(given)
+    for name, least in WHOLE.items():
+        given[name] = _whole(name, given[name], least)
+    for name, (low, high) in RANGES.items():
+        given[name] = _real(name, given[name], low, high)
+    if not isinstance(request.enable_sound, bool | np.bool_):
+        raise InputError(f"enable_sound={shown(request.enable_sound)}: True or False is expected")
+    given["enable_sound"] = bool(request.enable_sound)
+    for name, allowed in CHOICES.items():
+        value = given[name]
+        if not isinstance(value, str) or value not in allowed:
+            raise InputError(f"{name}={shown(value)}: one of {', '.join(allowed)} is expected")
+    for name in ("image", "video"):
+        given[name] = _pictures(name, given[name])
+    given["condition_frame_indexes_vision"] = _indexes(request.condition_frame_indexes_vision)
+    return dataclasses.replace(request, **given)
 
 
-def _is_within(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high  # type: ignore[operator]
-
-
-def _check_types(request: Request) -> None:
-    """Each value by itself."""
+def _check_texts(given: Mapping[str, Any]) -> None:
     for name in ("prompt", "negative_prompt"):
-        value = getattr(request, name)
+        value = given[name]
         if not isinstance(value, str) and not (value is None and name == "negative_prompt"):
             raise InputError(f"{name}: a string is expected, not {type(value).__name__}")
         if value and not value.isascii() and value.encode(errors="ignore").decode() != value:
             raise InputError(f"{name}: not valid UTF-8 text")
-    at_least = {"num_frames": 1, "height": 1, "width": 1, "num_inference_steps": 1, "steps_per_call": 1, "seed": 0}
-    for name, least in at_least.items():
-        value = getattr(request, name)
-        if not _is_whole(value, least) and not (value is None and name == "num_inference_steps"):
-            raise InputError(f"{name}={shown(value)}: a whole number of at least {least} is expected")
-        if value is not None and value > MOST.get(name, math.inf):
-            raise InputError(f"{name}={shown(value)}: at most {MOST[name]} is possible")
-    ranges: dict[str, tuple[float, float]] = {
-        "fps": (0.1, 1000),
-        "flow_shift": (0.01, 1000),
-        "guidance_scale": (-1000, 1000),
-        "step_cache": (0, 1),
-    }
-    for name, (low, high) in ranges.items():
-        value = getattr(request, name)
-        if not _is_within(value, low, high) and not (value is None and name not in ("fps", "step_cache")):
-            raise InputError(f"{name}={shown(value)}: a number from {low} to {high} is expected")
-    if not isinstance(request.enable_sound, bool | np.bool_):
-        raise InputError(f"enable_sound={shown(request.enable_sound)}: True or False is expected")
-    choices = {
-        "sigmas": GRIDS,
-        "prompt_style": STYLES,
-        "output_type": OUTPUT_TYPES,
-        "condition_video_keep": ("first", "last"),
-    }
-    for name, allowed in choices.items():
-        value = getattr(request, name)
-        if not isinstance(value, str) or value not in allowed:
-            raise InputError(f"{name}={shown(value)}: one of {', '.join(allowed)} is expected")
+        if value and len(value) > MOST_TEXT:
+            raise InputError(f"{name}: {len(value)} characters; {MOST_TEXT} are possible")
+
+
+def _whole(name: str, value: Any, least: int) -> int | None:
+    number = _number(int, value)
+    if value is None and name == "num_inference_steps":
+        return None
+    if number is None or number < least:
+        raise InputError(f"{name}={shown(value)}: a whole number of at least {least} is expected")
+    if number > MOST.get(name, math.inf):
+        raise InputError(f"{name}={shown(value)}: at most {MOST[name]} is possible")
+    return number
+
+
+def _real(name: str, value: Any, low: float, high: float) -> float | None:
+    number = _number(float, value)
+    if value is None and name not in ("fps", "step_cache"):
+        return None
+    if number is None or not low <= number <= high:
+        raise InputError(f"{name}={shown(value)}: a number from {low} to {high} is expected")
+    return number
+
+
+def _number(kind: type, value: Any) -> Any:
+    """A number of any library as Python's own; None for what is none, or has no place in a float."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
+        return None
+    try:
+        return value if type(value) in (int, float) else kind(value)
+    except Exception:  # too large for a float; whatever somebody else's type does
+        return None
+
+
+def _pictures(name: str, value: Any) -> Any:
+    """A path as it is; PIL images that are there; what is anything else as an array, to be judged by its shape (media.py)."""
+    if value is None or isinstance(value, str | Path):
+        return value
+    images = [value] if isinstance(value, Image.Image) else value
+    try:
+        if isinstance(images, list | tuple) and images and all(isinstance(each, Image.Image) for each in images):
+            for image in images:
+                image.load()
+            return value if isinstance(value, Image.Image) else list(images)
+        return np.asarray(value)
+    except Exception as error:  # closed files; lists of unequal lengths; whatever an object does that is asked for an array
+        what = "a PIL image, an array [h, w, 3]" if name == "image" else "PIL images, an array [t, h, w, 3]"
+        raise InputError(f"{name}: {what} or a path is expected, not {type(value).__name__} ({_reason(error)})") from error
+
+
+def _indexes(value: Any) -> tuple[int, ...]:
+    """Latent frames; which of them there are is not known here."""
+    try:
+        listed = isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim == 1)
+        found = [_number(int, each) for each in itertools.islice(value, MOST_TOKENS)] if listed else []
+    except Exception:  # whatever somebody else's sequence does
+        found = []
+    if not found or None in found or min(found) < 0:
+        raise InputError(f"condition_frame_indexes_vision={shown(value)}: latent frames are expected, such as [0, 1]")
+    return tuple(found)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200] or type(error).__name__
 
 
 def _check_sound(request: Request, transformer: TransformerConfig, sound: SoundConfig | None) -> None:
@@ -228,9 +290,6 @@ def _check_given(request: Request, vae: VAEConfig) -> None:
     if request.video is None:
         return
     indexes = request.condition_frame_indexes_vision
-    listed = isinstance(indexes, Sequence) or (isinstance(indexes, np.ndarray) and indexes.ndim == 1)
-    if not listed or len(indexes) == 0 or not all(map(_is_whole, indexes)):
-        raise InputError(f"condition_frame_indexes_vision={shown(indexes)}: latent frames are expected, such as [0, 1]")
     latent_frames = vae.latent_shape(request.num_frames, request.height, request.width)[0]
     if max(indexes) >= latent_frames:
         raise InputError(
@@ -258,20 +317,14 @@ def in_json(request: ResolvedRequest, scheduler: SchedulerConfig) -> dict[str, A
 
 def _in_json(value: Any) -> Any:
     match value:
-        case bool() | str():
+        case bool() | int() | float() | str():
             return value
-        case np.bool_():
-            return bool(value)
-        case numbers.Integral():
-            return int(value)
-        case numbers.Real():
-            return float(value)
         case Image.Image():
             return f"{value.width}x{value.height}, sha256 {_checksum(value)}"
         case [Image.Image(), *_]:
             return f"{len(value)} frames of {value[0].width}x{value[0].height}, sha256 {_checksum(*value)}"
-        case _ if np.ndim(value) == 1 and np.asarray(value).dtype.kind in "ui":
-            return [int(each) for each in value]
+        case [int(), *_]:
+            return list(value)
     array = np.asarray(value)
     return f"{list(array.shape)} of {array.dtype}, sha256 {_checksum(array)}"
 

@@ -13,6 +13,7 @@ from cosmos3_jax.checkpoint import BUILT_IN
 from cosmos3_jax.config import NANO, TINY
 from cosmos3_jax.errors import InputError
 from cosmos3_jax.prompt import (
+    MOST_TOKENS,
     Metadata,
     diffusers_texts,
     load_tokenizer,
@@ -73,9 +74,25 @@ def test_seconds_have_one_decimal_and_fps_none():
     )
 
 
-@pytest.mark.parametrize("plain", ['["a", {"b": 1}]', "7", '"quoted"', "null", '{"a": 1', "{a cat}"])
+@pytest.mark.parametrize("plain", ["7", '"quoted"', "null", "a {cat}"])
 def test_what_is_no_json_object_is_a_text(plain):
     assert native_texts(plain, None, IMAGE, "")[0] == f"{plain}. {IMAGE_SENTENCE}"
+
+
+@pytest.mark.parametrize(
+    ("plain", "warning"),
+    [
+        ('["a", {"b": 1}]', r"prompt: a JSON caption is an object, this is a list; it is taken as text$"),
+        ('{"a": 1', r"prompt: it begins like a JSON caption and is not JSON \(.*line 1 column 8.*\); it is taken as text$"),
+        ("{a cat}", "prompt: it begins like a JSON caption and is not JSON"),
+        ('{"a":' * 50_000, "prompt: it begins like a JSON caption and is not JSON"),
+    ],
+    ids=["list", "cut", "words", "deep"],
+)
+def test_what_may_be_meant_as_a_caption_is_warned_of(plain, warning):
+    """The text is what it would be without the warning."""
+    with pytest.warns(UserWarning, match=f"^{warning}"):
+        assert native_texts(plain, None, IMAGE, "")[0] == f"{plain}. {IMAGE_SENTENCE}"
 
 
 def test_a_json_caption_of_a_video_is_completed():
@@ -154,6 +171,13 @@ def test_branches_are_padded_to_one_bucket(lengths, bucket):
     assert ids_BS.dtype == length_B.dtype == np.int32
     assert [row[:length].tolist() for row, length in zip(ids_BS, length_B, strict=True)] == branches
     assert np.count_nonzero(ids_BS) == sum(lengths)
+
+
+@pytest.mark.parametrize(("lengths", "name"), [([MOST_TOKENS + 1], "prompt"), ([1, MOST_TOKENS + 1], "negative_prompt")])
+def test_a_branch_has_at_most_so_many_tokens(lengths, name):
+    assert pad([[1] * MOST_TOKENS])[0].shape == (1, MOST_TOKENS)
+    with pytest.raises(InputError, match=f"^{name}: {MOST_TOKENS + 1} tokens .*; {MOST_TOKENS} are possible"):
+        pad([[1] * length for length in lengths])
 
 
 def replaced(file: str, old: str, new: str):

@@ -6,8 +6,8 @@ import time
 import jax
 import pytest
 
-from cosmos3_jax import OutOfMemoryError
-from cosmos3_jax.stage import memory_told, timed
+from cosmos3_jax.errors import DeviceError, OutOfMemoryError
+from cosmos3_jax.stage import failures_told, timed
 
 XLA = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.\nBufferAssignment OOM Debugging."
 
@@ -32,15 +32,24 @@ def test_seconds_add_up_and_are_logged(caplog):
     ],
     ids=["device", "numpy", "python"],
 )
-@pytest.mark.parametrize("around", [memory_told, lambda stage: timed({}, stage)], ids=["told", "timed"])
+@pytest.mark.parametrize("around", [failures_told, lambda stage: timed({}, stage)], ids=["told", "timed"])
 def test_memory_that_ends_is_one_sentence(around, error, sentence):
     with pytest.raises(OutOfMemoryError, match=f"^{sentence}$") as raised, around("decode"):
         raise error
     assert raised.value.stage == "decode"
 
 
-@pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("INTERNAL: no"), ValueError("no"), KeyboardInterrupt()], ids=repr)
-def test_what_is_not_of_memory_stays_what_it_is(error):
-    with pytest.raises(type(error)) as raised, memory_told("decode"):
+def test_another_failure_of_the_device_is_one_sentence():
+    error = jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS\nmore of it")
+    with pytest.raises(DeviceError, match=r"^decode: the device failed \(INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS\); ") as raised:
+        with failures_told("decode"):
+            raise error
+    assert not isinstance(raised.value, OutOfMemoryError)
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()], ids=repr)
+def test_what_is_of_no_device_stays_what_it_is(error):
+    with pytest.raises(type(error)) as raised, failures_told("decode"):
         raise error
     assert raised.value is error
