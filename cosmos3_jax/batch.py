@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from cosmos3_jax import media
+from cosmos3_jax import result_files
 from cosmos3_jax.errors import Cosmos3Error, DeviceError, InputError, OutOfMemoryError, StoppedError
 from cosmos3_jax.output_folder import OutputFolder, Stamp
 from cosmos3_jax.processes import agree, are_several, told
@@ -126,7 +126,7 @@ class Batch:
         self.metadata(request)
         if self.folder is not None:
             path = self.folder.folder / _file(line, request)
-            media.check_writable(path, request.num_frames, has_sound=bool(request.enable_sound))
+            result_files.check_writable(path, request.num_frames, has_sound=bool(request.enable_sound))
         return request
 
     def _failed(self, line: Line, error: Exception) -> None:

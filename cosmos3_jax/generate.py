@@ -19,13 +19,13 @@ from typing import Any
 
 import jax
 
-from cosmos3_jax import console, flags, media, processes, safety
+from cosmos3_jax import console, flags, processes, result_files, safety
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.batch import Batch
 from cosmos3_jax.checkpoint import BUILT_IN, Checkpoint
 from cosmos3_jax.config import PRESETS, SOUND_TOKENIZER, UNIPC, WAN_VAE
 from cosmos3_jax.dry_run import dry_run
-from cosmos3_jax.errors import Cosmos3Error, InputError, OutOfMemoryError, StoppedError
+from cosmos3_jax.errors import Cosmos3Error, DeviceError, InputError, OutOfMemoryError, StoppedError
 from cosmos3_jax.estimate import TEXT_TOKENS, Job, virtual_devices
 from cosmos3_jax.output_folder import OutputFolder
 from cosmos3_jax.pipeline import Cosmos3Pipeline, dtype_on, open_media, token_ids
@@ -52,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         except Cosmos3Error as error:
             if arguments.verbose:
                 traceback.print_exc()
+            if processes.are_several() and isinstance(error, DeviceError):
+                log.error("this process ends, and with it the others")
             return _end(error)
         except BaseException as error:
             if processes.are_several():
@@ -165,11 +167,11 @@ def _files(arguments: argparse.Namespace, request: ResolvedRequest) -> list[Path
         files.append(Path(arguments.save_sound))
         if not request.enable_sound:
             raise InputError("--save-sound without --sound: there is none to save")
-        if files[1].suffix.lower() not in media.SOUND_SUFFIXES:
+        if files[1].suffix.lower() not in result_files.SOUND_SUFFIXES:
             raise InputError(f"--save-sound {files[1]}: a .wav is expected")
     if processes.is_first():
         for file in files:
-            media.check_writable(file, request.num_frames, has_sound=bool(request.enable_sound))
+            result_files.check_writable(file, request.num_frames, has_sound=bool(request.enable_sound))
     return files
 
 

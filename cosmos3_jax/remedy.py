@@ -17,6 +17,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from cosmos3_jax.errors import StoppedError
 from cosmos3_jax.estimate import Estimate, Job, estimate, virtual_devices
 from cosmos3_jax.networks import device_memory
 
@@ -37,7 +38,8 @@ def remedy(job: Job, cfg: int, tp: int, memory: int, devices: int, text_tower: s
 
     `text_tower` is what becomes of it: "keep", "host" or "drop". Where the devices are `shared` out of one memory, as those of
     a CPU are, no other mesh is looked for. It takes about a minute, at most `SECONDS`; the sentence is shorter where the child
-    fails or time ends. Raises nothing of its own.
+    fails or time ends. Raises StoppedError where a
+    signal handler does (stop.py), and nothing of its own.
     """
     parts, complete = _child(job, cfg, tp, memory, devices, text_tower, shared)
     if not parts:
@@ -61,6 +63,8 @@ def _child(job: Job, *others: Any) -> tuple[list[str], bool]:
         command, environment = [sys.executable, "-c", program], os.environ | ENVIRONMENT
         done = subprocess.run(command, input=asked, capture_output=True, check=True, timeout=SECONDS, env=environment)
         return done.stdout.decode(errors="replace").splitlines(), True
+    except StoppedError:
+        raise
     except Exception as error:  # whatever it is, the caller has a worse one to tell
         told = getattr(error, "stdout", None) or b""
         log.debug("no whole dry run: %r %s", error, getattr(error, "stderr", None))

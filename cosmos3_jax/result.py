@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cosmos3_jax import media
+from cosmos3_jax import result_files
 from cosmos3_jax.errors import InputError
 from cosmos3_jax.processes import is_first
 
@@ -38,6 +38,6 @@ class Result:
             frames = np.round(np.clip(self.video, 0, 1) * 255).astype(np.uint8)
         else:
             raise InputError(f'{path}: latents cannot be saved; ask for output_type="np" or "pil"')
-        sound = None if self.sound is None or self.sample_rate is None else media.Sound(self.sound, self.sample_rate)
+        sound = None if self.sound is None or self.sample_rate is None else result_files.Sound(self.sound, self.sample_rate)
         if is_first():
-            media.write(path, frames, self.fps, sound, self.metadata)
+            result_files.write(path, frames, self.fps, sound, self.metadata)

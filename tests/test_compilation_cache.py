@@ -19,7 +19,7 @@ NAMES = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persi
 PROGRAM = """
 import json, sys
 import jax
-from cosmos3_jax import generate, media
+from cosmos3_jax import generate, media, result_files
 
 events, programs = [], []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rpartition("/")[2]))
@@ -30,7 +30,7 @@ def compiled(event, seconds, fun_name=None, **_):
         events.clear()
 
 jax.monitoring.register_event_duration_secs_listener(compiled)
-media.write = lambda path, frames, *_: frames.tofile(path)
+result_files.write = lambda path, frames, *_: frames.tofile(path)
 code = generate.main(["--num-frames", "5", "--height", "32", "--width", "32", "--steps", "2", *sys.argv[1:]])
 print(json.dumps({"code": code, "programs": programs}))
 """

@@ -16,7 +16,7 @@ from pathlib import Path
 import cases
 import pytest
 
-from cosmos3_jax import dry_run, generate, media
+from cosmos3_jax import dry_run, generate, result_files
 from cosmos3_jax.config import NANO, SOUND_TOKENIZER, TINY, TINY_SOUND, UNIPC, WAN_VAE
 from cosmos3_jax.estimate import TEXT_TOKENS, Estimate, Job, Stage, estimate
 from cosmos3_jax.gpus import GPUS
@@ -273,7 +273,7 @@ def test_sound_reaches_the_job(folder, jobs):
 
 
 def test_no_prompt_and_no_place_for_the_video_are_needed(folder, jobs, monkeypatch):
-    monkeypatch.setattr(media, "check_writable", lambda *_: pytest.fail("nothing is written"))
+    monkeypatch.setattr(result_files, "check_writable", lambda *_: pytest.fail("nothing is written"))
     assert run("--checkpoint", folder, "--out", "no/such/folder/a.png").code == 0
     assert jobs[0].request.prompt == ""
 

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from convert.random_checkpoint import write_checkpoint
-from cosmos3_jax import Cosmos3Pipeline, InputError, dry_run, generate, make_mesh, media, safety, sampler
+from cosmos3_jax import Cosmos3Pipeline, InputError, dry_run, generate, make_mesh, media, result_files, safety, sampler
 from cosmos3_jax.checkpoint import BUILT_IN
 from cosmos3_jax.config import TINY
 from cosmos3_jax.safetensors_files import Tensor
@@ -50,7 +50,7 @@ def shoot(monkeypatch):
     def shoot(*flags) -> types.SimpleNamespace:
         taken = []
         with monkeypatch.context() as patch:
-            patch.setattr(media, "write", lambda path, frames, fps, sound, metadata: taken.append((frames, sound)))
+            patch.setattr(result_files, "write", lambda path, frames, fps, sound, metadata: taken.append((frames, sound)))
             done = run(*flags)
         (frames, sound), *_ = taken
         return types.SimpleNamespace(frames=frames, sound=sound, told=done.told)
@@ -67,7 +67,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("A café at night.", encoding="utf-8")
     for name in ("a.png", "b.png"):
         Image.fromarray(random.randint(0, 256, (40, 50, 3)).astype(np.uint8)).save(name)
-    media.write(tmp_path / "a.mp4", random.randint(0, 256, (7, 40, 50, 3)).astype(np.uint8), 24)
+    result_files.write(tmp_path / "a.mp4", random.randint(0, 256, (7, 40, 50, 3)).astype(np.uint8), 24)
     return tmp_path
 
 

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image, ImageSequence
 from PIL.PngImagePlugin import PngInfo
 
-from cosmos3_jax import make_mesh, media
+from cosmos3_jax import make_mesh, media, result_files
 from cosmos3_jax.checkpoint import BUILT_IN, load
 from cosmos3_jax.config import TINY, TINY_SOUND, TINY_VAE
 from cosmos3_jax.errors import InputError, RunError
@@ -537,7 +537,7 @@ PLAYLIST = "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\na.mp4\n"  # not ende
     ids=["empty", "text", "playlist", "list"],
 )
 def test_a_file_that_is_no_clip(tmp_path, ten_seconds, capfd, name, content):
-    media.write(tmp_path / "a.mp4", smooth(2), 24)
+    result_files.write(tmp_path / "a.mp4", smooth(2), 24)
     (tmp_path / name).write_text(content)
     with pytest.raises(
         InputError, match=rf"^video .*/{name}: not a readable video; MP4 with H.264 is expected \(ffmpeg ended w"
@@ -577,7 +577,7 @@ def test_clips_of_other_colours(tmp_path, kept_as):
 
 @pytest.mark.parametrize("keep", ["first", "last"])
 def test_a_clip_of_one_frame(tmp_path, keep):
-    media.write(tmp_path / "a.mp4", smooth(1), 24)
+    result_files.write(tmp_path / "a.mp4", smooth(1), 24)
     assert len(media.open_clip(tmp_path / "a.mp4", 5, keep)) == 1
 
 
@@ -598,7 +598,7 @@ def test_a_clip_that_is_only_heard(tmp_path, ten_seconds, capfd):
 
 def test_a_clip_is_turned_upright(tmp_path, capfd):
     """By the matrix of its track, which phones write; the one before is that of the film."""
-    media.write(tmp_path / "a.mp4", smooth(3, 32, 48), 24)
+    result_files.write(tmp_path / "a.mp4", smooth(3, 32, 48), 24)
     lying = np.stack(media.open_clip(tmp_path / "a.mp4", 3))
     data = (tmp_path / "a.mp4").read_bytes()
     one = 1 << 16
@@ -615,7 +615,7 @@ def test_a_clip_of_too_large_pictures_is_refused(tmp_path, monkeypatch, ten_seco
     (tmp_path / "a.gif").write_bytes(data)
     with pytest.raises(InputError, match=r"^video .*a.gif: not a readable video; .*size 12000x12000 exceeds .* 100000000\b"):
         media.open_clip(tmp_path / "a.gif", 5)
-    media.write(tmp_path / "a.mp4", smooth(5), 24)
+    result_files.write(tmp_path / "a.mp4", smooth(5), 24)
     monkeypatch.setattr(media, "MAX_PIXELS", 32 * 48 - 1)
     with pytest.raises(InputError, match=r"^video .*a.mp4: not a readable video; .*size 48x32 exceeds .* 1535\b"):
         media.open_clip(tmp_path / "a.mp4", 5)
@@ -624,7 +624,7 @@ def test_a_clip_of_too_large_pictures_is_refused(tmp_path, monkeypatch, ten_seco
 
 def test_huge_files_are_no_clips_or_read(tmp_path, ten_seconds):
     """Of 100 GB, which take no room: they are holes."""
-    media.write(tmp_path / "a.mp4", smooth(5), 24)
+    result_files.write(tmp_path / "a.mp4", smooth(5), 24)
     for name, begins in (("zeros.mp4", b""), ("unfinished.mp4", struct.pack(">II", 1, 0x6D646174) + struct.pack(">Q", 2**36))):
         (tmp_path / name).write_bytes(begins)
         os.truncate(tmp_path / name, 100 << 30)
@@ -683,6 +683,14 @@ def test_an_ffmpeg_that_goes_on_is_ended(tmp_path, monkeypatch, ten_seconds):
     assert [frame.getpixel((0, 0)) for frame in media.open_clip(tmp_path / "a.mp4", 1)] == [tuple(b"abc")]
 
 
+@pytest.mark.parametrize("frames", ["", f"{FRAME}; "])
+def test_an_ffmpeg_that_writes_no_frames_is_ended(tmp_path, monkeypatch, ten_seconds, frames):
+    (tmp_path / "a.mp4").touch()
+    instead(monkeypatch, tmp_path, f"{frames}exec yes")
+    with pytest.raises(InputError, match="not a readable video"):
+        media.open_clip(tmp_path / "a.mp4", 5)
+
+
 def test_an_ffmpeg_that_says_much_is_not_waited_for(tmp_path, monkeypatch, ten_seconds):
     """More than a pipe holds."""
     (tmp_path / "a.mp4").touch()
@@ -699,12 +707,12 @@ def test_without_ffmpeg(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="No ffmpeg exe"):
         media.open_clip(tmp_path / "a.mp4", 5)
     with pytest.raises(RunError, match="No ffmpeg exe"):
-        media.write(tmp_path / "b.mp4", smooth(5), 24)
+        result_files.write(tmp_path / "b.mp4", smooth(5), 24)
 
 
 @pytest.mark.parametrize("keep", ["first", "last"])
 def test_a_long_clip_is_never_held_whole(tmp_path, monkeypatch, keep):
-    media.write(tmp_path / "a.mp4", smooth(1).repeat(100, axis=0), 24)
+    result_files.write(tmp_path / "a.mp4", smooth(1).repeat(100, axis=0), 24)
     held, most = weakref.WeakValueDictionary(), []
 
     def frombytes(*arguments, make=Image.frombytes):
@@ -722,7 +730,7 @@ def test_a_long_clip_is_never_held_whole(tmp_path, monkeypatch, keep):
 @pytest.mark.parametrize(("count", "keep", "taken"), [(3, "first", [0, 1, 2]), (3, "last", [4, 5, 6]), (9, "last", range(7))])
 def test_open_clip_takes_an_end(tmp_path, count, keep, taken):
     clip = smooth(7)
-    media.write(tmp_path / "a.mp4", clip, 24)
+    result_files.write(tmp_path / "a.mp4", clip, 24)
     frames = np.stack(media.open_clip(tmp_path / "a.mp4", count, keep))
     assert len(frames) == len(taken)
     # frames are 20 levels apart; H.264 and its colours are a few off
@@ -735,7 +743,7 @@ def test_open_clip_takes_an_end(tmp_path, count, keep, taken):
 @pytest.mark.parametrize(("name", "fps"), [("a.mp4", 24.0), ("B.MP4", 12.5)])
 def test_a_clip_that_is_read_back(tmp_path, name, fps):
     clip = smooth(9, 48, 80)
-    media.write(tmp_path / name, clip, fps)
+    result_files.write(tmp_path / name, clip, fps)
     # yuv420p plays everywhere
     assert re.match(rf"h264 .*, yuv420p\b.*, 80x48\b.*, {fps:g}0* fps\b", streams(tmp_path / name)["Video"])
     frames = np.stack(media.open_clip(tmp_path / name, 100))
@@ -746,7 +754,7 @@ def test_a_clip_that_is_read_back(tmp_path, name, fps):
 @pytest.mark.parametrize(("name", "error"), [("a.png", 0), ("a.PNG", 0), ("a.jpg", 8), ("a.jpeg", 8), ("a.webp", 8)])
 def test_a_picture_that_is_read_back(tmp_path, name, error):
     picture = smooth(1)
-    media.write(tmp_path / name, picture, 24)
+    result_files.write(tmp_path / name, picture, 24)
     np.testing.assert_allclose(np.asarray(media.open_image(tmp_path / name)), picture[0].astype(float), atol=error)
 
 
@@ -766,8 +774,8 @@ def test_a_picture_that_is_read_back(tmp_path, name, error):
 def test_where_nothing_can_be_written(tmp_path, name, count, reason):
     (tmp_path / "folder.mp4").mkdir()
     for attempt in (
-        lambda: media.check_writable(tmp_path / name, count),
-        lambda: media.write(tmp_path / name, noise(count, 16, 16), 24),
+        lambda: result_files.check_writable(tmp_path / name, count),
+        lambda: result_files.write(tmp_path / name, noise(count, 16, 16), 24),
     ):
         with pytest.raises(InputError, match=f"{name}: {reason}"):
             attempt()
@@ -785,10 +793,10 @@ def test_a_write_that_fails_changes_nothing(tmp_path, monkeypatch, name, count, 
     path = tmp_path / name
     if before:
         path.write_bytes(before)
-    monkeypatch.setattr(media, "_encode", half_written)
-    monkeypatch.setattr(media, "_write_image", half_written)
+    monkeypatch.setattr(result_files, "_encode", half_written)
+    monkeypatch.setattr(result_files, "_write_image", half_written)
     with pytest.raises(RunError, match="no space left"):
-        media.write(path, noise(count, 16, 16), 24)
+        result_files.write(path, noise(count, 16, 16), 24)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == ({name: before} if before else {})
 
 
@@ -797,7 +805,7 @@ def test_an_encoder_that_fails_changes_nothing(tmp_path):
     path = tmp_path / "a.mp4"
     path.write_bytes(b"a good one")
     with pytest.raises(RunError, match=r"a.mp4: could not be written \(ffmpeg ended with \d+: width not divisible by 2"):
-        media.write(path, noise(5, 31, 31), 24)
+        result_files.write(path, noise(5, 31, 31), 24)
     assert path.read_bytes() == b"a good one"
 
 
@@ -813,17 +821,17 @@ def files_end_at():
 @pytest.mark.parametrize("name", ["a.mp4", "sound.mp4", "a.wav", "a.png", "a.jpg", "a.webp"])
 def test_a_disk_that_is_full_changes_nothing(tmp_path, files_end_at, name, part):
     path = tmp_path / name
-    frames = noise(1 if path.suffix in media.IMAGE_SUFFIXES else 5, 64, 64)
+    frames = noise(1 if path.suffix in result_files.IMAGE_SUFFIXES else 5, 64, 64)
     sound = white(5 / 24, 48000) if name in ("sound.mp4", "a.wav") else None
-    media.write(path, frames, 24, sound)
+    result_files.write(path, frames, 24, sound)
     size = path.stat().st_size
     path.write_bytes(b"a good one")
     files_end_at(round(part * (size - 1)))
     with pytest.raises(RunError, match=rf"{name}: could not be written \("):
-        media.write(path, frames, 24, sound)
+        result_files.write(path, frames, 24, sound)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: b"a good one"}
     files_end_at(2 * size)
-    media.write(path, frames, 24, sound)
+    result_files.write(path, frames, 24, sound)
     assert path.stat().st_size == size
 
 
@@ -832,7 +840,7 @@ def test_an_ffmpeg_that_cannot_write_fails(tmp_path, monkeypatch, blocks):
     """It hears of it here; above, the signal that comes with the limit ends it."""
     instead(monkeypatch, tmp_path, f'trap "" XFSZ; ulimit -f {blocks}; exec "$FFMPEG" "$@"')
     with pytest.raises(RunError, match=r"a.mp4: could not be written \(ffmpeg ended with \d+: .*File too large"):
-        media.write(tmp_path / "a.mp4", noise(24, 64, 64), 24)
+        result_files.write(tmp_path / "a.mp4", noise(24, 64, 64), 24)
     assert [path.name for path in tmp_path.iterdir()] == ["ffmpeg.sh"]
 
 
@@ -840,28 +848,28 @@ def test_an_ffmpeg_that_hides_that_it_cannot_write_fails(tmp_path, monkeypatch):
     """As version 4.2 does, which imageio-ffmpeg brought until 2024."""
     instead(monkeypatch, tmp_path, '"$FFMPEG" "$@"; echo "Error writing trailer of a.mp4: No space left on device" >&2; exit 0')
     with pytest.raises(RunError, match=r"Error writing trailer of a.mp4: No space left on device"):
-        media.write(tmp_path / "a.mp4", smooth(5), 24)
+        result_files.write(tmp_path / "a.mp4", smooth(5), 24)
 
 
 def test_a_picture_that_its_format_cannot_hold(tmp_path):
     with pytest.raises(RunError, match=r"a.webp: could not be written \(.*16383"):
-        media.write(tmp_path / "a.webp", np.zeros((1, 1, 17_000, 3), np.uint8), 24)
+        result_files.write(tmp_path / "a.webp", np.zeros((1, 1, 17_000, 3), np.uint8), 24)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_frames_need_not_lie_in_a_row(tmp_path):
     clip = smooth(9)
-    media.write(tmp_path / "a.mp4", clip[::-2, ::-1], 24)
-    media.write(tmp_path / "b.mp4", np.ascontiguousarray(clip[::-2, ::-1]), 24)
+    result_files.write(tmp_path / "a.mp4", clip[::-2, ::-1], 24)
+    result_files.write(tmp_path / "b.mp4", np.ascontiguousarray(clip[::-2, ::-1]), 24)
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
 
 def test_frames_are_not_copied(tmp_path):
     clip = np.zeros((20, 256, 256, 3), np.uint8)
-    media.write(tmp_path / "a.mp4", clip[:1], 24)
+    result_files.write(tmp_path / "a.mp4", clip[:1], 24)
     tracemalloc.start()
     try:
-        media.write(tmp_path / "a.mp4", clip, 24)
+        result_files.write(tmp_path / "a.mp4", clip, 24)
         assert tracemalloc.get_traced_memory()[1] < clip.nbytes / 4
     finally:
         tracemalloc.stop()
@@ -872,7 +880,7 @@ def test_names_that_mean_more_to_ffmpeg(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "http:").mkdir()
     path = media.Path(name)
-    media.write(path, smooth(5), 24, white(5 / 24, 48000), {"a": 1})
+    result_files.write(path, smooth(5), 24, white(5 / 24, 48000), {"a": 1})
     assert len(media.open_clip(path, 9)) == 5
     assert media.read_metadata(path) == {"a": 1}
 
@@ -898,7 +906,7 @@ def size_of(value) -> str:
 def test_metadata_is_read_back(tmp_path, name, metadata):
     path = tmp_path / name
     sound = white(1 / 24, 48000) if name == "sound.mp4" else None
-    media.write(path, smooth(1), 24, sound, metadata)
+    result_files.write(path, smooth(1), 24, sound, metadata)
     assert media.read_metadata(path) == metadata
     if path.suffix.lower() == ".png":
         with Image.open(path) as file:
@@ -916,15 +924,15 @@ def test_the_same_makes_the_same_file(tmp_path, name, metadata):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         sound = white(1 / 24, 48000) if name in ("a.mp4", "a.wav") else None
-        media.write(tmp_path / folder / name, smooth(1), 24, sound, metadata)
+        result_files.write(tmp_path / folder / name, smooth(1), 24, sound, metadata)
         made_twice.append((tmp_path / folder / name).read_bytes())
     assert made_twice[0] == made_twice[1]
     assert (b"a ball" in made_twice[0]) == (metadata is not None and name in ("a.mp4", "a.png"))
 
 
 def test_metadata_changes_no_frame(tmp_path):
-    media.write(tmp_path / "a.mp4", smooth(9), 24)
-    media.write(tmp_path / "b.mp4", smooth(9), 24, None, {"prompt": "a ball"})
+    result_files.write(tmp_path / "a.mp4", smooth(9), 24)
+    result_files.write(tmp_path / "b.mp4", smooth(9), 24, None, {"prompt": "a ball"})
     assert boxes((tmp_path / "a.mp4").read_bytes(), "mdat") == boxes((tmp_path / "b.mp4").read_bytes(), "mdat")
 
 
@@ -967,7 +975,7 @@ def test_a_file_is_replaced_and_open_to_others(tmp_path):
     path.write_bytes(b"old")
     umask = os.umask(0o027)
     try:
-        media.write(path, noise(1, 16, 16), 24)
+        result_files.write(path, noise(1, 16, 16), 24)
     finally:
         assert os.umask(umask) == 0o027  # left as it was
     assert path.stat().st_mode & 0o777 == 0o640
@@ -977,10 +985,10 @@ def test_a_file_is_replaced_and_open_to_others(tmp_path):
 # Arrays to files: sound
 
 
-def white(seconds: float, sample_rate: int, channels: int = 2) -> media.Sound:
+def white(seconds: float, sample_rate: int, channels: int = 2) -> result_files.Sound:
     """White noise, which no encoder likes."""
     samples = np.random.RandomState(1).standard_normal((channels, round(seconds * sample_rate)))
-    return media.Sound((0.2 * samples).astype(np.float32), sample_rate)
+    return result_files.Sound((0.2 * samples).astype(np.float32), sample_rate)
 
 
 def heard(path) -> np.ndarray:
@@ -1039,7 +1047,7 @@ def lag(x: np.ndarray, y: np.ndarray) -> int:
 @pytest.mark.parametrize("sample_rate", [8000, 44100, 48000])
 def test_a_video_has_one_picture_and_one_sound(tmp_path, sample_rate, channels):
     path = tmp_path / "a.mp4"
-    media.write(path, smooth(13), 24, white(13 / 24, sample_rate, channels))
+    result_files.write(path, smooth(13), 24, white(13 / 24, sample_rate, channels))
     found = streams(path)
     assert set(found) == {"Video", "Audio"}
     assert re.match(r"h264 .*yuv420p", found["Video"])
@@ -1050,7 +1058,7 @@ def test_a_video_has_one_picture_and_one_sound(tmp_path, sample_rate, channels):
 
 
 def test_a_video_without_sound_has_none(tmp_path):
-    media.write(tmp_path / "a.mp4", smooth(5), 24)
+    result_files.write(tmp_path / "a.mp4", smooth(5), 24)
     assert set(streams(tmp_path / "a.mp4")) == {"Video"}
 
 
@@ -1058,19 +1066,19 @@ def test_a_video_without_sound_has_none(tmp_path):
 @pytest.mark.parametrize("fps", [12.0, 24.0, 30.0, 23.976])
 def test_sound_is_as_long_as_the_video(tmp_path, fps, sample_rate):
     for count in (1, 5, 9, 25, 49):
-        media.write(tmp_path / "a.mp4", smooth(1).repeat(count, axis=0), fps, white(count / fps, sample_rate))
+        result_files.write(tmp_path / "a.mp4", smooth(1).repeat(count, axis=0), fps, white(count / fps, sample_rate))
         shown, played = durations(tmp_path / "a.mp4")
         assert abs(shown - count / fps) < 0.002  # in thousandths of a second
         assert abs(played - shown) < 1 / fps
         # all of it, and of the last AAC frame no more than a video frame's time
-        assert -1 <= heard(tmp_path / "a.mp4").shape[1] - count / fps * sample_rate < media.AAC_FRAME
+        assert -1 <= heard(tmp_path / "a.mp4").shape[1] - count / fps * sample_rate < result_files.AAC_FRAME
 
 
 @pytest.mark.parametrize("count", [1, 5, 49])
 @pytest.mark.parametrize("sample_rate", [8000, 16000, 24000, 44100, 48000])
 def test_white_noise_that_is_heard_again(tmp_path, sample_rate, count):
     noise = white(count / 24, sample_rate)
-    media.write(tmp_path / "a.mp4", smooth(1).repeat(count, axis=0), 24, noise)
+    result_files.write(tmp_path / "a.mp4", smooth(1).repeat(count, axis=0), 24, noise)
     same(heard(tmp_path / "a.mp4"), noise.wave_cn)
 
 
@@ -1087,8 +1095,10 @@ def test_the_built_in_checkpoints_sound_is_heard_again(tmp_path):
     decoder = load(
         PublishedWeights(BUILT_IN, TINY), "sound", abstract_networks(TINY, TINY_VAE, make_mesh(), "float32", TINY_SOUND).sound
     )
-    noise = media.Sound(np.asarray(decode_sound(decoder, cases.sound_latents(50))).T, TINY_SOUND.sampling_rate)  # two seconds
-    media.write(tmp_path / "a.mp4", smooth(1).repeat(48, axis=0), 24, noise)
+    noise = result_files.Sound(
+        np.asarray(decode_sound(decoder, cases.sound_latents(50))).T, TINY_SOUND.sampling_rate
+    )  # two seconds
+    result_files.write(tmp_path / "a.mp4", smooth(1).repeat(48, axis=0), 24, noise)
     same(heard(tmp_path / "a.mp4"), noise.wave_cn)
 
 
@@ -1096,20 +1106,20 @@ def test_the_built_in_checkpoints_sound_is_heard_again(tmp_path):
 def test_sound_of_another_length_is_cut_or_goes_on_in_silence(tmp_path, factor):
     seconds, rate = 25 / 24, 48000
     noise, long = white(factor * seconds, rate), round(seconds * rate)
-    media.write(tmp_path / "a.mp4", smooth(1).repeat(25, axis=0), 24, noise)
+    result_files.write(tmp_path / "a.mp4", smooth(1).repeat(25, axis=0), 24, noise)
     decoded, given = heard(tmp_path / "a.mp4"), min(long, noise.wave_cn.shape[1])
-    assert 0 <= decoded.shape[1] - long < media.AAC_FRAME
+    assert 0 <= decoded.shape[1] - long < result_files.AAC_FRAME
     same(decoded[:, :given], noise.wave_cn[:, :given])
-    silence = decoded[:, given + media.AAC_FRAME : long]  # an AAC frame may carry an echo of what came before
+    silence = decoded[:, given + result_files.AAC_FRAME : long]  # an AAC frame may carry an echo of what came before
     assert np.abs(silence).max(initial=0) < 0.01
 
 
 def test_a_sample_rate_that_aac_lacks_is_raised(tmp_path):
     noise = white(1, 10000)
-    media.write(tmp_path / "a.mp4", smooth(1).repeat(24, axis=0), 24, noise)
+    result_files.write(tmp_path / "a.mp4", smooth(1).repeat(24, axis=0), 24, noise)
     assert "11025 Hz" in streams(tmp_path / "a.mp4")["Audio"]
-    assert abs(heard(tmp_path / "a.mp4").shape[1] - 11025) < media.AAC_FRAME
-    media.write(tmp_path / "a.wav", smooth(1), 24, noise)
+    assert abs(heard(tmp_path / "a.mp4").shape[1] - 11025) < result_files.AAC_FRAME
+    result_files.write(tmp_path / "a.wav", smooth(1), 24, noise)
     with wave.open(str(tmp_path / "a.wav")) as file:
         assert file.getframerate() == 10000
 
@@ -1125,7 +1135,7 @@ def pcm(path) -> tuple[np.ndarray, int]:
 @pytest.mark.parametrize(("name", "sample_rate", "channels"), [("a.wav", 48000, 2), ("B.WAV", 8000, 1), ("a.wav", 16000, 3)])
 def test_a_wav_that_is_read_back(tmp_path, name, sample_rate, channels):
     noise = white(0.7, sample_rate, channels)  # as long as it is, whatever the video
-    media.write(tmp_path / name, smooth(9), 24, noise)
+    result_files.write(tmp_path / name, smooth(9), 24, noise)
     found, rate = pcm(tmp_path / name)
     assert rate == sample_rate
     np.testing.assert_allclose(found, np.clip(noise.wave_cn, -1, 1), atol=0.5001 / 32767)
@@ -1133,26 +1143,26 @@ def test_a_wav_that_is_read_back(tmp_path, name, sample_rate, channels):
 
 def test_loud_sound_is_clipped(tmp_path):
     """And does not go over from the highest value to the lowest."""
-    loud = media.Sound(5 * white(1, 48000).wave_cn, 48000)
+    loud = result_files.Sound(5 * white(1, 48000).wave_cn, 48000)
     clipped = np.clip(loud.wave_cn, -1, 1)
     assert (np.abs(clipped) == 1).mean() > 0.2
-    media.write(tmp_path / "a.wav", smooth(1), 24, loud)
+    result_files.write(tmp_path / "a.wav", smooth(1), 24, loud)
     np.testing.assert_allclose(pcm(tmp_path / "a.wav")[0], clipped, atol=0.5001 / 32767)
-    media.write(tmp_path / "a.mp4", smooth(1).repeat(24, axis=0), 24, loud)
+    result_files.write(tmp_path / "a.mp4", smooth(1).repeat(24, axis=0), 24, loud)
     same(heard(tmp_path / "a.mp4"), clipped)
 
 
-def tone(hertz: float, loudness: float, channels: int = 2) -> media.Sound:
+def tone(hertz: float, loudness: float, channels: int = 2) -> result_files.Sound:
     """A second of a sine."""
     wave_n = loudness * np.sin(2 * np.pi * hertz * np.arange(48000) / 48000, dtype=np.float32)
-    return media.Sound(np.broadcast_to(wave_n, (channels, 48000)), 48000)
+    return result_files.Sound(np.broadcast_to(wave_n, (channels, 48000)), 48000)
 
 
 @pytest.mark.parametrize("loudness", [0.01, 0.3, 0.9])
 @pytest.mark.parametrize("hertz", [110, 223, 1003])
 def test_a_tone_that_is_heard_again(tmp_path, hertz, loudness):
     """All its strength is in one place of the spectrum, where an encoder may have no numbers for it."""
-    media.write(tmp_path / "a.mp4", smooth(1).repeat(24, axis=0), 24, tone(hertz, loudness))
+    result_files.write(tmp_path / "a.mp4", smooth(1).repeat(24, axis=0), 24, tone(hertz, loudness))
     found, expected = heard(tmp_path / "a.mp4")[:, :48000], tone(hertz, loudness).wave_cn
     assert abs(found.std() / expected.std() - 1) < 0.05
     assert np.corrcoef(found[0], expected[0])[0, 1] > 0.99
@@ -1162,8 +1172,8 @@ def test_sound_is_not_taken_for_another_kind_of_file(tmp_path):
     """Every 192 bytes the same: ffmpeg would rather believe in MPEG-TS, whose packets begin with 0x47, than in a .wav."""
     period = np.zeros((2, 48), np.float32)
     period[:, 0] = 0x0147 / 32767, 0x1000 / 32767
-    click = media.Sound(np.tile(period, 1000), 48000)
-    media.write(tmp_path / "a.mp4", smooth(1).repeat(24, axis=0), 24, click)
+    click = result_files.Sound(np.tile(period, 1000), 48000)
+    result_files.write(tmp_path / "a.mp4", smooth(1).repeat(24, axis=0), 24, click)
     same(heard(tmp_path / "a.mp4"), click.wave_cn)
 
 
@@ -1173,20 +1183,20 @@ def test_sound_that_is_no_number_is_refused(tmp_path, name, value):
     noise = white(5 / 24, 8000)
     noise.wave_cn[1, 77] = value
     with pytest.raises(RunError, match=f"{name}: the sound has values that are no numbers$"):
-        media.write(tmp_path / name, smooth(5), 24, noise)
+        result_files.write(tmp_path / name, smooth(5), 24, noise)
     assert list(tmp_path.iterdir()) == []
 
 
-def half_of_it(folder, sound, encode=media._encode_sound):
-    return encode(folder, media.Sound(sound.wave_cn[:, :25000], sound.sample_rate))
+def half_of_it(folder, sound, encode=result_files._encode_sound):
+    return encode(folder, result_files.Sound(sound.wave_cn[:, :25000], sound.sample_rate))
 
 
 @pytest.mark.parametrize("before", [None, b"a good one"], ids=["new", "existing"])
 @pytest.mark.parametrize(
     ("name", "instead"),
     [
-        ("_pcm", lambda sound, pcm=media._pcm: pcm(sound)[:20_000]),
-        ("_pcm", lambda sound, pcm=media._pcm: 2 * pcm(sound)),
+        ("_pcm", lambda sound, pcm=result_files._pcm: pcm(sound)[:20_000]),
+        ("_pcm", lambda sound, pcm=result_files._pcm: 2 * pcm(sound)),
         ("_encode_sound", half_of_it),
     ],
     ids=["too little encoded", "too much encoded", "half of it beside the video"],
@@ -1195,16 +1205,16 @@ def test_sound_that_fails_changes_nothing(tmp_path, monkeypatch, capfd, name, in
     path = tmp_path / "a.mp4"
     if before:
         path.write_bytes(before)
-    monkeypatch.setattr(media, name, instead)
+    monkeypatch.setattr(result_files, name, instead)
     with pytest.raises(RunError, match=r"a.mp4: could not be written \(ffmpeg wrote \d+ of 50000 samples of sound"):
-        media.write(path, smooth(25), 24, white(25 / 24, 48000))
+        result_files.write(path, smooth(25), 24, white(25 / 24, 48000))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == ({"a.mp4": before} if before else {})
 
 
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("name", ["a.mp4", "A.WAV"])
 def test_where_sound_can_be_written(tmp_path, name, count):
-    media.check_writable(tmp_path / name, count, has_sound=True)
+    result_files.check_writable(tmp_path / name, count, has_sound=True)
 
 
 @pytest.mark.parametrize(
@@ -1220,8 +1230,8 @@ def test_where_sound_can_be_written(tmp_path, name, count):
 )
 def test_where_no_sound_can_be_written(tmp_path, name, count, has_sound, reason):
     for attempt in (
-        lambda: media.check_writable(tmp_path / name, count, has_sound=has_sound),
-        lambda: media.write(tmp_path / name, smooth(count), 24, white(0.1, 8000) if has_sound else None),
+        lambda: result_files.check_writable(tmp_path / name, count, has_sound=has_sound),
+        lambda: result_files.write(tmp_path / name, smooth(count), 24, white(0.1, 8000) if has_sound else None),
     ):
         with pytest.raises(InputError, match=f"{name}: {reason}"):
             attempt()

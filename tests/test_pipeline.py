@@ -12,7 +12,19 @@ import numpy as np
 import pytest
 from metrics import errors, outputs, random, sample
 
-from cosmos3_jax import BlockedError, Cosmos3Pipeline, InputError, OutOfMemoryError, Request, RunError, media, pipeline, sampler
+from cosmos3_jax import (
+    BlockedError,
+    Cosmos3Pipeline,
+    InputError,
+    OutOfMemoryError,
+    Request,
+    RunError,
+    ffmpeg,
+    media,
+    pipeline,
+    result_files,
+    sampler,
+)
 from cosmos3_jax.models.transformer import UndTower
 from cosmos3_jax.pipeline import encode
 
@@ -456,8 +468,8 @@ def test_result_is_saved_with_its_sound(output_type, pipes, tmp_path):
         assert (file.getnchannels(), file.getframerate(), file.getnframes()) == (2, 48000, result.sound.shape[1])
         samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").reshape(-1, 2).T / 32767
     np.testing.assert_allclose(samples, result.sound, atol=0.5001 / 32767)
-    heard = media._ffmpeg("-i", str(tmp_path / "a.mp4"), "-map", "0:a:0", "-f", "s16le", "-")
-    assert 0 <= len(heard) // 4 - round(5 / 24 * 48000) < media.AAC_FRAME  # two bytes, two channels
+    heard = ffmpeg.run("-i", str(tmp_path / "a.mp4"), "-map", "0:a:0", "-f", "s16le", "-")
+    assert 0 <= len(heard) // 4 - round(5 / 24 * 48000) < result_files.AAC_FRAME  # two bytes, two channels
     assert len(media.open_clip(tmp_path / "a.mp4", 100)) == 5
 
 

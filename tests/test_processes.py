@@ -350,8 +350,8 @@ def says_why(err: str) -> bool:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_that_is_killed_ends_the_other(start, tmp_path, victim):
-    both = together(start, [*PICTURE, "--steps", 2000, "--cfg", 2, "--tp", 2, "--out", tmp_path / "a.png"], devices=2)
-    wait_until(lambda: re.search(r"\| [1-9]\d*/2000 ", both[0].err), both[0])
+    both = together(start, [*PICTURE, "--steps", 1000, "--cfg", 2, "--tp", 2, "--out", tmp_path / "a.png"], devices=2)
+    wait_until(lambda: re.search(r"\| [1-9]\d*/1000 ", both[0].err), both[0])
     both[victim].popen.kill()
     assert both[1 - victim].code() not in (0, 2)
     assert says_why(both[1 - victim].err)

@@ -41,9 +41,9 @@ def test_memory_that_ends_is_one_sentence(around, error, sentence):
 
 def test_another_failure_of_the_device_is_one_sentence():
     error = jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS\nmore of it")
-    with pytest.raises(DeviceError, match=r"^decode: the device failed \(INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS\); ") as raised:
-        with failures_told("decode"):
-            raise error
+    message = r"^decode: the device failed \(INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS\); "
+    with pytest.raises(DeviceError, match=message) as raised, failures_told("decode"):
+        raise error
     assert not isinstance(raised.value, OutOfMemoryError)
     assert raised.value.__cause__ is error
 
