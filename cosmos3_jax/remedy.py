@@ -38,8 +38,7 @@ def remedy(job: Job, cfg: int, tp: int, memory: int, devices: int, text_tower: s
 
     `text_tower` is what becomes of it: "keep", "host" or "drop". Where the devices are `shared` out of one memory, as those of
     a CPU are, no other mesh is looked for. It takes about a minute, at most `SECONDS`; the sentence is shorter where the child
-    fails or time ends. Raises StoppedError where a
-    signal handler does (stop.py), and nothing of its own.
+    fails or time ends. Raises nothing but StoppedError, of the second signal (stop.py).
     """
     parts, complete = _child(job, cfg, tp, memory, devices, text_tower, shared)
     if not parts:
