@@ -18,7 +18,7 @@ from cosmos3_jax import hub
 from cosmos3_jax.config import SchedulerConfig, SoundConfig, TransformerConfig, VAEConfig
 from cosmos3_jax.converted import MARK, ConvertedWeights
 from cosmos3_jax.errors import InputError, shown
-from cosmos3_jax.folder import read_json, within
+from cosmos3_jax.folder import check_files, read_json, within
 from cosmos3_jax.processes import is_first
 from cosmos3_jax.published import PublishedWeights
 from cosmos3_jax.weights import Network, map_weights, nbytes
@@ -75,8 +75,7 @@ class Checkpoint:
     def _read(cls, folder: Path, *, sound: bool) -> Self:
         for name in (*FOLDERS, "sound_tokenizer", "assets"):
             within(folder, folder / name)
-        for file in (folder / "text_tokenizer").rglob("*"):  # they are opened by another library
-            within(folder, file)
+        check_files(folder, folder / "text_tokenizer")
         index = read_json(folder / "model_index.json")
         if index.get("_class_name") not in PIPELINES:
             raise InputError(f"{folder}: model_index.json is of {index.get('_class_name')!r}; expected {PIPELINES[0]!r}")

@@ -18,7 +18,7 @@ import numpy as np
 from cosmos3_jax import array_store
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.errors import InputError
-from cosmos3_jax.folder import read_json, within
+from cosmos3_jax.folder import check_files, read_json, within
 from cosmos3_jax.published import arrange, file_shapes, names_of, scales, sound_encoder, unused_tensors
 from cosmos3_jax.weights import Index, Network, Weight, audit, by_path, copy, place_weight
 
@@ -49,7 +49,9 @@ class ConvertedWeights:
     def contents(self, store: str) -> array_store.Contents:
         """Shape and dtype of every array of a store; none if the folder does not have it."""
         if store in self.stores and store not in self._contents:
-            self._contents[store] = array_store.contents(within(self.folder, self.folder / "weights" / store))
+            folder = within(self.folder, self.folder / "weights" / store)
+            check_files(self.folder, folder)
+            self._contents[store] = array_store.contents(folder)
         return self._contents.get(store, {})
 
     def arrays(self, store: str) -> Iterator[tuple[str, np.ndarray]]:

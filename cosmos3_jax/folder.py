@@ -28,6 +28,13 @@ def within(folder: Path, path: Path) -> Path:
     return path
 
 
+def check_files(root: Path, folder: Path) -> None:
+    """Raises InputError unless all in `folder`, which another library opens, lies in `root` and ends: pipes do not."""
+    for path in folder.rglob("*"):
+        if within(root, path).exists() and not path.is_file() and not path.is_dir():
+            raise InputError(f"{path}: a regular file is expected")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises InputError if there is none."""
     if not within(path.parent, path).is_file():

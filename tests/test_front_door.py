@@ -1185,6 +1185,16 @@ def test_damaged_folders(pipe, converted, tmp_path, layout):
     tally.check(DAMAGES[layout])
 
 
+@pytest.mark.parametrize("name", ["text_tokenizer/vocab.json", "weights/und/_CHECKPOINT_METADATA", "weights/vae/a/b"])
+def test_what_another_library_would_wait_for(converted, tmp_path, name):
+    folder = shutil.copytree(converted, tmp_path / "checkpoint", copy_function=os.link)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(InputError, match=f"{name}: a regular file is expected"), soon():
+        Cosmos3Pipeline.from_pretrained(folder, progress=False)
+
+
 @contextlib.contextmanager
 def nobody() -> Iterator[None]:
     """As a user whom the system does not let read everything."""

@@ -174,7 +174,8 @@ def test_nothing_fits(estimates):
         "it would fit on no mesh of up to 8 devices",
         "on this mesh not even 5 frames of 256x448 would fit",
     ]
-    assert parts(SMALL, 3, shared=True)[1:] == ["on this mesh nothing smaller would fit"]
+    for smallest in (SMALL, asked(1, 128, 224)):
+        assert parts(smallest, 3, shared=True)[1:] == ["on this mesh nothing smaller would fit"]
 
 
 def test_devices_that_share_their_memory(estimates):
@@ -231,8 +232,9 @@ SMALL_VAE = dataclasses.replace(cases.VAE, dim_mult=(1,), temperal_downsample=()
 
 
 @pytest.mark.parametrize(("given", "shared"), [({}, False), ({"image": cases.IMAGE}, True)], ids=["mesh", "encoder"])
-def test_a_child_finds_it(given, shared):
-    """What it names fits by `estimate`, asked here. With an image, the encoder needs most."""
+def test_a_child_finds_it(given, shared, monkeypatch):
+    """What it names fits by `estimate`, asked here. With an image, the encoder needs most. It makes its own devices."""
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
     request = Request("waves", num_frames=5, height=272, width=480, **given)
     job = Job(TINY, SMALL_VAE, resolve(request, TINY, SMALL_VAE), text_tokens=128)
     here = estimate(job, 1, 1)
