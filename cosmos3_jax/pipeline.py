@@ -268,12 +268,13 @@ class Cosmos3Pipeline:
         """The latents of the frames that came with the request; none are given without an image or a clip."""
         t, h, w = self._latent_shape(request)
         latents, is_given = np.zeros((t, h, w, self.checkpoint.vae.z_dim), np.float32), np.zeros(t, bool)
-        if request.image is not None:
-            frames = media.fit_image(request.image, request.height, request.width)[None]
-            is_given[0] = True
-        elif request.video is not None:
-            frames = self._given_frames(request)
-            is_given[list(request.condition_frame_indexes_vision)] = True
+        with failures_told("encode"):
+            if request.image is not None:
+                frames = media.fit_image(request.image, request.height, request.width)[None]
+                is_given[0] = True
+            elif request.video is not None:
+                frames = self._given_frames(request)
+                is_given[list(request.condition_frame_indexes_vision)] = True
         if is_given.any():
             encoded = np.asarray(stage("encode", "vae", lambda vae: encode(vae, frames)))
             latents[: len(encoded)] = encoded

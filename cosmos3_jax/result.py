@@ -10,6 +10,7 @@ import numpy as np
 from cosmos3_jax import result_files
 from cosmos3_jax.errors import InputError
 from cosmos3_jax.processes import is_first
+from cosmos3_jax.stage import failures_told
 
 
 @dataclasses.dataclass
@@ -32,12 +33,13 @@ class Result:
         InputError for a path that cannot become such a file, RunError if writing it fails.
         """
         path = Path(path)
-        if isinstance(self.video, list):
-            frames = np.stack(self.video)
-        elif self.video.ndim == 4:
-            frames = np.round(np.clip(self.video, 0, 1) * 255).astype(np.uint8)
-        else:
-            raise InputError(f'{path}: latents cannot be saved; ask for output_type="np" or "pil"')
-        sound = None if self.sound is None or self.sample_rate is None else result_files.Sound(self.sound, self.sample_rate)
-        if is_first():
-            result_files.write(path, frames, self.fps, sound, self.metadata)
+        with failures_told("write"):
+            if isinstance(self.video, list):
+                frames = np.stack(self.video)
+            elif self.video.ndim == 4:
+                frames = np.round(np.clip(self.video, 0, 1) * 255).astype(np.uint8)
+            else:
+                raise InputError(f'{path}: latents cannot be saved; ask for output_type="np" or "pil"')
+            sound = None if self.sound is None or self.sample_rate is None else result_files.Sound(self.sound, self.sample_rate)
+            if is_first():
+                result_files.write(path, frames, self.fps, sound, self.metadata)

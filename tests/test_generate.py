@@ -459,6 +459,30 @@ def test_memory_that_ends_is_answered_with_what_would_fit(place, monkeypatch):
     assert not list((place / "out").iterdir())
 
 
+LITTLE_MEMORY = """
+import resource, sys
+import jax
+from cosmos3_jax.generate import main
+
+jax.devices()
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 2_500_000_000,) * 2)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_memory_that_really_ends(tmp_path):
+    """XLA cannot have the scratch of the decoder, 2.8 GB, and says so before it begins."""
+    flags = ["--num-frames", "5", "--height", "2048", "--width", "2048", "--steps", "1", "--guidance-scale", "1", "--out"]
+    command = [sys.executable, "-c", LITTLE_MEMORY, *flags, str(tmp_path / "a.mp4")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=200)
+    assert done.returncode == 1, done.stderr
+    sentence = r"error: decode: out of memory \(RESOURCE_EXHAUSTED: .*\); the dry run puts the peak of this request at about .*"
+    assert re.fullmatch(sentence, done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("loudness", ["--quiet", "--verbose"])
 def test_how_much_is_told(place, loudness):
     done = run("--out", "out/a.mp4", loudness)

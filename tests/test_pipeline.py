@@ -253,12 +253,18 @@ def test_memory_that_ends_is_told_with_its_stage(pipes, monkeypatch):
     """And the pipeline goes on with the next request."""
     whole = pipes("small")("text", **SMALL).video
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
-    for where, stage in (("denoise", "denoise"), ("prefill", "prefill"), ("decode", "decode"), ("noise", "noise")):
+    for where, stage in (
+        ("denoise", "denoise"),
+        ("prefill", "prefill"),
+        ("decode", "decode"),
+        ("noise", "noise"),
+        ("fit_image", "encode"),
+    ):
         with monkeypatch.context() as patch:
-            home = sampler if where == "denoise" else pipeline
+            home = {"denoise": sampler, "fit_image": media}.get(where, pipeline)
             patch.setattr(home, where, mock.Mock(side_effect=error))
             with pytest.raises(OutOfMemoryError, match=rf"^{stage}: out of memory \(RESOURCE_EXHAUSTED: .* 9 bytes\.\)$"):
-                pipes("small")("text", **SMALL)
+                pipes("small")("text", image=cases.IMAGE, **SMALL)
     np.testing.assert_array_equal(pipes("small")("text", **SMALL).video, whole)
 
 
