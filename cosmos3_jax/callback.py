@@ -24,10 +24,16 @@ def on_step(callback: Callable[[int, float, jax.Array], Any], steps: Steps, mesh
         if isinstance(answer, bool | np.bool_):
             return bool(answer)
         expected = (1, latents_thwc.shape[-1], *latents_thwc.shape[:-1])
-        if getattr(answer, "shape", None) != expected:
-            what = f"an array of shape {answer.shape}" if hasattr(answer, "shape") else type(answer).__name__
+        try:
+            with np.errstate(over="ignore"):
+                given = np.asarray(answer)
+                new = private(given) if given.shape == expected and given.dtype.kind in "uifV" else None
+        except Exception as error:  # whatever an object does that is asked for an array
+            raise InputError(f"callback_on_step_end returned {type(answer).__name__}, which is no array ({error})") from error
+        if new is None:
+            of = f"shape {given.shape}" if given.shape != expected else str(given.dtype)
+            what = f"an array of {of}" if given.ndim else type(answer).__name__
             raise InputError(f"callback_on_step_end returned {what}; latents {expected}, False or None are expected")
-        new = private(answer)
         if not np.isfinite(new).all():
             raise InputError("callback_on_step_end returned latents that are NaN or infinite")
         return place(mesh, new)

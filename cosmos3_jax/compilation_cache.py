@@ -29,9 +29,10 @@ def use_compilation_cache() -> Path | None:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosmos3_jax" / "programs"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        is_mine = folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK)
     except (OSError, RuntimeError):  # RuntimeError: this user has no home
         return None
-    if folder.stat().st_uid != os.getuid() or not os.access(folder, os.W_OK):
+    if not is_mine:
         return None
     remove_cut_off(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -25,7 +25,7 @@ from cosmos3_jax.callback import on_step
 from cosmos3_jax.checkpoint import Checkpoint, load
 from cosmos3_jax.compilation_cache import use_compilation_cache
 from cosmos3_jax.config import VAEConfig
-from cosmos3_jax.errors import InputError
+from cosmos3_jax.errors import InputError, shown
 from cosmos3_jax.latents import Latents, noise, private, public
 from cosmos3_jax.models.layers import Rotary
 from cosmos3_jax.models.transformer import Prefix
@@ -121,12 +121,12 @@ class Cosmos3Pipeline:
         checkpoint = Checkpoint.open(path, weights=False, sound=sound)
         mesh = make_mesh() if mesh is None else mesh
         if not isinstance(mesh, Mesh) or mesh.axis_names != ("cfg", "tp") or AxisType.Explicit in mesh.axis_types:
-            raise InputError(f"mesh: one that make_mesh(cfg, tp) makes is expected, not {mesh!r}")
+            raise InputError(f"mesh: one that make_mesh(cfg, tp) makes is expected, not {shown(mesh)}")
         dtype = dtype_on(mesh, dtype)
-        if text_tower not in TEXT_TOWER:
-            raise InputError(f"text_tower={text_tower!r}: one of {', '.join(TEXT_TOWER)} is expected")
-        if quantize not in QUANTIZE:
-            raise InputError(f'quantize={quantize!r}: None or "fp8" is expected')
+        if not isinstance(text_tower, str) or text_tower not in TEXT_TOWER:
+            raise InputError(f"text_tower={shown(text_tower)}: one of {', '.join(TEXT_TOWER)} is expected")
+        if not isinstance(quantize, str | None) or quantize not in QUANTIZE:
+            raise InputError(f'quantize={shown(quantize)}: None or "fp8" is expected')
         checkpoint.transformer.check_tensor_parallel(mesh.shape["tp"])
         checker = safety.chosen(safety_checker)
         sound = checkpoint.sound is not None and checkpoint.transformer.sound_gen
@@ -228,7 +228,11 @@ class Cosmos3Pipeline:
         A preview takes the first latent frames, `latents[:, :, :2]`: frames depend on none that are later. What it shows is as
         noisy as the step. No safety checker sees it. Raises InputError for another shape.
         """
-        array, z_dim = np.asarray(latents), self.checkpoint.vae.z_dim
+        z_dim = self.checkpoint.vae.z_dim
+        try:
+            array = np.asarray(latents)
+        except Exception as error:  # ragged lists; whatever an object does that is asked for an array
+            raise InputError(f"latents: {type(latents).__name__} is no array ({error})") from error
         if array.ndim != 5 or array.shape[:2] != (1, z_dim) or array.size == 0 or array.dtype.kind not in "fV":
             raise InputError(f"latents: floats [1, {z_dim}, t, h, w] are expected, not {list(array.shape)} of {array.dtype}")
         with jax.set_mesh(self.mesh), jax.default_matmul_precision(self._precision):
@@ -332,8 +336,8 @@ def dtype_on(mesh: Mesh, asked: str | None) -> str:
     """The dtype of weights and activations. Raises InputError for one that is none."""
     if asked is None:
         return "bfloat16" if mesh.devices.flat[0].platform == "gpu" else "float32"
-    if asked not in DTYPES:
-        raise InputError(f"dtype={asked!r}: one of {', '.join(DTYPES)} is expected")
+    if not isinstance(asked, str) or asked not in DTYPES:
+        raise InputError(f"dtype={shown(asked)}: one of {', '.join(DTYPES)} is expected")
     return asked
 
 

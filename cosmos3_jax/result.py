@@ -1,6 +1,7 @@
 """What the pipeline gives back."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cosmos3_jax import result_files
-from cosmos3_jax.errors import InputError
+from cosmos3_jax.errors import InputError, shown
 from cosmos3_jax.processes import is_first
 from cosmos3_jax.stage import failures_told
 
@@ -32,6 +33,8 @@ class Result:
         An .mp4 and a .png have the metadata in them (`media.read_metadata`). Of several processes, the first one writes. Raises
         InputError for a path that cannot become such a file, RunError if writing it fails.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise InputError(f"{shown(path)}: the path of a file is expected")
         path = Path(path)
         with failures_told("write"):
             if isinstance(self.video, list):

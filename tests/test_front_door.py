@@ -417,6 +417,10 @@ CALLBACKS = odd(
             "a list": lambda latents: np.asarray(latents).tolist(),
             "0": lambda latents: 0,
             "a string": lambda latents: "stop",
+            "text": lambda latents: np.full(latents.shape, "a"),
+            "1e300": lambda latents: np.full(latents.shape, 1e300),
+            "complex": lambda latents: np.full(latents.shape, 1j),
+            "a hostile": lambda latents: Hostile(),
         }.items()
     ),
 )

@@ -1,5 +1,6 @@
 """Pictures and clips as arrays, and files that are whole or not there."""
 
+import contextlib
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import tracemalloc
 import wave
 import weakref
 import zlib
+from collections.abc import Iterator
 
 import cases
 import imageio_ffmpeg
@@ -809,29 +811,32 @@ def test_an_encoder_that_fails_changes_nothing(tmp_path):
     assert path.read_bytes() == b"a good one"
 
 
-@pytest.fixture
-def files_end_at():
-    """How many bytes a file may have, to this process and those it starts."""
+@contextlib.contextmanager
+def files_end_at(size: int) -> Iterator[None]:
+    """Gives this process and its children so many bytes to a file; not longer than need be: pytest writes to one too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("part", [0, 0.01, 0.3, 0.6, 0.99, 1])
 @pytest.mark.parametrize("name", ["a.mp4", "sound.mp4", "a.wav", "a.png", "a.jpg", "a.webp"])
-def test_a_disk_that_is_full_changes_nothing(tmp_path, files_end_at, name, part):
+def test_a_disk_that_is_full_changes_nothing(tmp_path, name, part):
     path = tmp_path / name
     frames = noise(1 if path.suffix in result_files.IMAGE_SUFFIXES else 5, 64, 64)
     sound = white(5 / 24, 48000) if name in ("sound.mp4", "a.wav") else None
     result_files.write(path, frames, 24, sound)
     size = path.stat().st_size
     path.write_bytes(b"a good one")
-    files_end_at(round(part * (size - 1)))
-    with pytest.raises(RunError, match=rf"{name}: could not be written \("):
+    message = rf"{name}: could not be written \("
+    with pytest.raises(RunError, match=message), files_end_at(round(part * (size - 1))):
         result_files.write(path, frames, 24, sound)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: b"a good one"}
-    files_end_at(2 * size)
-    result_files.write(path, frames, 24, sound)
+    with files_end_at(2 * size):
+        result_files.write(path, frames, 24, sound)
     assert path.stat().st_size == size
 
 

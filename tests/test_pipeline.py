@@ -182,6 +182,10 @@ def test_latents_are_no_file(pipes, tmp_path):
     ("settings", "sentence"),
     [
         ({"dtype": "float16"}, "dtype='float16': one of float32, bfloat16"),
+        ({"dtype": np.zeros(2)}, r"dtype=array\(.*\): one of float32, bfloat16"),
+        ({"text_tower": np.zeros(2)}, r"text_tower=array\(.*\): one of auto, keep"),
+        ({"quantize": np.zeros(2)}, r"quantize=array\(.*\): None or "),
+        ({"mesh": 10**5000}, "mesh: one that make_mesh.* not a value of type int"),
         ({"path": "nowhere"}, "nowhere: there is no such folder"),
     ],
 )
@@ -227,6 +231,8 @@ def test_a_preview_of_what_are_no_latents_is_refused(pipes, shape, kind):
         pipes("small").decode(np.zeros(shape, kind))
     with pytest.raises(InputError, match=r"not \[\] of object"):
         pipes("small").decode(None)
+    with pytest.raises(InputError, match="latents: list is no array"):
+        pipes("small").decode([[1.0], [1.0, 2.0]])
 
 
 class CancelledError(Exception):
@@ -477,6 +483,12 @@ def test_result_is_saved_with_its_sound(output_type, pipes, tmp_path):
     heard = ffmpeg.run("-i", str(tmp_path / "a.mp4"), "-map", "0:a:0", "-f", "s16le", "-")
     assert 0 <= len(heard) // 4 - round(5 / 24 * 48000) < result_files.AAC_FRAME  # two bytes, two channels
     assert len(media.open_clip(tmp_path / "a.mp4", 100)) == 5
+
+
+@pytest.mark.parametrize("path", [None, 5, b"a.mp4", ["a.mp4"]])
+def test_what_is_no_path(pipes, path):
+    with pytest.raises(InputError, match=r"the path of a file is expected$"):
+        pipes("small")("text", **SMALL).save(path)
 
 
 def test_what_cannot_be_saved(pipes, tmp_path):
