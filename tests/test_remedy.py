@@ -325,6 +325,15 @@ def test_a_child_that_is_too_slow(stub, monkeypatch):
     assert not is_alive(int((folder / "number").read_text()))
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """Also where these tests run in the background of a shell, which ignores it there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_ends_the_child(stub):
     """The second one: the command line takes the first as a wish to end after this step."""
     number = stub("exec sleep 60") / "number"
