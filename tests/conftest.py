@@ -7,6 +7,8 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")  # what is tested is compiled here and now
 os.environ["COSMOS3_GUARDRAILS"] = "0"  # also where they are installed
 
+import signal
+import subprocess
 from pathlib import Path
 
 import cases
@@ -53,6 +55,35 @@ def pipes(folders):
         return made[key]
 
     return pipe
+
+
+@pytest.fixture
+def no_process_is_left(monkeypatch):
+    """A test that leaves a child process running fails."""
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            started.append(self)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    yield
+    assert [process.args for process in started if process.returncode is None] == []
+
+
+@pytest.fixture
+def ten_seconds():
+    """A test that takes longer fails, whatever it waits for."""
+
+    def late(*_):
+        pytest.fail("longer than ten seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture
