@@ -72,6 +72,8 @@ def _end(error: Cosmos3Error) -> int:
 def _command(arguments: argparse.Namespace) -> Callable[[argparse.Namespace], int]:
     """What the flags ask for. Raises InputError for flags that do not go together."""
     if arguments.dry_run:
+        if arguments.requests is not None:
+            raise InputError("--dry-run tells of one request: leave --requests out, and give the flags of the largest")
         return _dry_run
     if arguments.preset is not None:
         raise InputError("--preset has no weights: it is for --dry-run; give a --checkpoint")

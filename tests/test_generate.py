@@ -364,6 +364,7 @@ WRONG = [
     ("--checkpoint '' --prompt waves", ".*"),
     ("--tp 64", "cfg=1 x tp=64 needs 64 devices, but there are .*; --cfg 1 --tp .* fits"),
     ("--tp 0", "tp=0: .*; use tp=1 or more"),
+    ("--dry-run --requests a.jsonl --out-dir out", "--dry-run tells of one request: .*"),
     ("--cfg 3", "cfg=3: .*; use cfg=1 or cfg=2"),
 ]
 
