@@ -20,10 +20,10 @@ from PIL import Image
 
 from benchmarks import compare_diffusers, draw, first_video, generate, models, record, roofline, step
 from cosmos3_jax import Request, make_mesh
-from cosmos3_jax import generate as command_line
 from cosmos3_jax.checkpoint import BUILT_IN
 from cosmos3_jax.config import TINY, TINY_VAE
 from cosmos3_jax.estimate import Job, estimate, work
+from cosmos3_jax.flags import parser as command_line
 from cosmos3_jax.gpus import GPUS
 from cosmos3_jax.request import resolve
 
@@ -262,11 +262,11 @@ def test_a_first_video_that_fails_is_not_timed(script, sentence):
 def test_a_newcomers_command_is_one_that_the_command_line_knows():
     python, option, module, *words = first_video.command(Path("ball.mp4"))
     assert (python, option, module) == (sys.executable, "-m", "cosmos3_jax.generate")
-    arguments = command_line._parser().parse_args([*words, *first_video.WAYS["without_cache"]])
+    arguments = command_line().parse_args([*words, *first_video.WAYS["without_cache"]])
     assert arguments.out == "ball.mp4"
     assert arguments.checkpoint is None
     assert arguments.no_compilation_cache
-    assert not command_line._parser().parse_args([*words, *first_video.WAYS["warm"]]).no_compilation_cache
+    assert not command_line().parse_args([*words, *first_video.WAYS["warm"]]).no_compilation_cache
 
 
 ON = {
