@@ -116,7 +116,7 @@ class Batch:
         request = _in_step(line, lambda: self._checked(line))
         result = _in_step(line, lambda: run(request))
         if self.folder is not None:
-            file = _file(line, request)
+            file = line.name + request.suffix
             result.save(self.folder.place(line.name, file))
             self.folder.done(line.name, file, result.metadata)
 
@@ -125,7 +125,7 @@ class Batch:
         request = self.resolve(line)
         self.metadata(request)
         if self.folder is not None:
-            path = self.folder.folder / _file(line, request)
+            path = self.folder.folder / (line.name + request.suffix)
             result_files.check_writable(path, request.num_frames, has_sound=bool(request.enable_sound))
         return request
 
@@ -137,11 +137,6 @@ class Batch:
         if self.fail_fast or not isinstance(error, Cosmos3Error) or _is_final(error):
             raise error
         log.error("%s: %s", line.name, error)
-
-
-def _file(line: Line, request: ResolvedRequest) -> str:
-    """The name of what it makes."""
-    return f"{line.name}{'.png' if request.metadata.is_image and not request.enable_sound else '.mp4'}"
 
 
 def _in_step(line: Line, do: Callable[[], T]) -> T:

@@ -55,3 +55,9 @@ def shown(value: Any) -> str:
     except Exception:  # a number of too many digits, an object of somebody else's
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def first_line(error: Exception) -> str:
+    """Of what an exception of somebody else's says; its name, if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

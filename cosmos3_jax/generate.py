@@ -163,8 +163,7 @@ def _request(given: Mapping[str, Any]) -> Request:
 
 def _files(arguments: argparse.Namespace, request: ResolvedRequest) -> list[Path]:
     """Where the result goes: --out, and the sound to --save-sound. Raises InputError where it cannot go."""
-    default = "cosmos3.png" if request.metadata.is_image and not request.enable_sound else "cosmos3.mp4"
-    files = [Path(default if arguments.out is None else arguments.out)]
+    files = [Path(f"cosmos3{request.suffix}" if arguments.out is None else arguments.out)]
     if arguments.save_sound is not None:
         files.append(Path(arguments.save_sound))
         if not request.enable_sound:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosmos3_jax.errors import InputError
+from cosmos3_jax.errors import InputError, first_line
 
 PLAIN = ("*.json", "*.jinja", "*.txt")  # configs, tokenizer, chat template
 ROOT = ("model_index.json", "modular_model_index.json", "LICENSE*", "assets/*.json")
@@ -39,7 +39,7 @@ def download(repository: str, parts: Sequence[str], *, weights: bool = True) -> 
     except Exception as error:  # no network, a broken one, an incomplete cache: its HTTP library has many classes for them
         option = f"--revision {revision} " if at else ""
         raise InputError(
-            f"{repository}: neither a folder here nor to be had from Hugging Face ({_first_line(error)}); where there is a "
+            f"{repository}: neither a folder here nor to be had from Hugging Face ({first_line(error)}); where there is a "
             f"network, run `hf download {name} {option}--local-dir DIR` (model_index.json, assets and {', '.join(parts)} are "
             "needed), put DIR on this machine, and give its path"
         ) from error
@@ -61,8 +61,3 @@ def revision(folder: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return commit if re.fullmatch("[0-9a-f]{40}", commit) else None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from cosmos3_jax.config import UNIPC, SchedulerConfig, SoundConfig, TransformerConfig, VAEConfig
-from cosmos3_jax.errors import InputError, shown
+from cosmos3_jax.errors import InputError, first_line, shown
 from cosmos3_jax.prompt import MOST_TEXT, STYLES, Metadata
 from cosmos3_jax.sampler import GRIDS
 
@@ -85,6 +85,11 @@ class ResolvedRequest(Request):
     def guided(self) -> bool:
         """Whether there is an unconditional branch. Unlike diffusers, where any scale but 1 turns it on."""
         return self.guidance_scale > 1
+
+    @property
+    def suffix(self) -> str:
+        """Of its file, where none is asked for: no format of pictures has sound."""
+        return ".png" if self.metadata.is_image and not self.enable_sound else ".mp4"
 
     def sound_frames(self, sound: SoundConfig | None) -> int:
         """The number of latents of its sound; 0 without it."""
@@ -208,7 +213,9 @@ def _pictures(name: str, value: Any) -> Any:
         return np.asarray(value)
     except Exception as error:  # closed files; lists of unequal lengths; whatever an object does that is asked for an array
         what = "a PIL image, an array [h, w, 3]" if name == "image" else "PIL images, an array [t, h, w, 3]"
-        raise InputError(f"{name}: {what} or a path is expected, not {type(value).__name__} ({_reason(error)})") from error
+        raise InputError(
+            f"{name}: {what} or a path is expected, not {type(value).__name__} ({first_line(error)[:200]})"
+        ) from error
 
 
 def _indexes(value: Any) -> tuple[int, ...]:
@@ -221,10 +228,6 @@ def _indexes(value: Any) -> tuple[int, ...]:
     if not found or None in found or min(found) < 0:
         raise InputError(f"condition_frame_indexes_vision={shown(value)}: latent frames are expected, such as [0, 1]")
     return tuple(found)
-
-
-def _reason(error: Exception) -> str:
-    return str(error).partition("\n")[0][:200] or type(error).__name__
 
 
 def _check_sound(request: Request, transformer: TransformerConfig, sound: SoundConfig | None) -> None:
