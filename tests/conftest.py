@@ -1,5 +1,6 @@
 """What every test shares: eight CPU devices, and small random checkpoints written once a session."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -55,6 +56,14 @@ def pipes(folders):
         return made[key]
 
     return pipe
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_forgotten():
+    """Each file compiles anew. A program takes some twenty mappings of memory, and XLA dies where a process has 65,530."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
