@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import cases
+import jax
 import numpy as np
 from metrics import sample
 
@@ -114,6 +115,69 @@ def layer(pipe: Cosmos3OmniPipeline) -> dict[str, np.ndarray]:
         und, gen = pipe.transformer.layers[1](torch.from_numpy(und), torch.from_numpy(gen), rotary)
     half = cos.shape[-1] // 2
     return {"und": und.numpy(), "gen": gen.numpy(), "cos": cos[:, :half].numpy(), "sin": sin[:, :half].numpy()}
+
+
+def gradients(pipe: Cosmos3OmniPipeline, batch: Any, noise: Any, fps: float) -> tuple[float, dict[str, np.ndarray]]:
+    """The loss of a batch (cosmos3_jax/training/objective.py) and its gradient for each tensor of the transformer."""
+    pipe.transformer.zero_grad()
+    losses = [
+        _row_loss(pipe.transformer, *jax.tree.map(lambda x: x[i], _rows(batch, noise)), fps) for i in range(len(batch.ids_BS))
+    ]
+    total = sum(losses) / len(losses)
+    total.backward()
+    return total.item(), {name: p.grad.numpy() for name, p in pipe.transformer.named_parameters() if p.grad is not None}
+
+
+def _rows(batch: Any, noise: Any) -> tuple:
+    return batch.latents, noise, batch.ids_BS, batch.length_B, batch.sigma_B, batch.is_given_Bt
+
+
+def _row_loss(transformer, latents, noise, ids_S, length, sigma, is_given_t, fps) -> "torch.Tensor":
+    """Of one clip: through the joint sequence of text and generated tokens, as the pipeline feeds it."""
+    sigma, noisy_t = float(sigma), np.flatnonzero(~is_given_t)
+    clean, e = (torch.from_numpy(np.moveaxis(x, -1, 0)) for x in (latents.video, noise.video))  # [c, t, h, w]
+    mixed = clean.clone()
+    mixed[:, noisy_t] = (1 - sigma) * clean[:, noisy_t] + sigma * e[:, noisy_t]
+    t, h, w = clean.shape[1:]
+    rows, columns, length = -(-h // 2), -(-w // 2), int(length)
+    patches, start = rows * columns, length + 15000
+    text, _ = omni.get_3d_mrope_ids_text_tokens(length, 0, use_float_positions=True)
+    vision, _ = omni.get_3d_mrope_ids_vae_tokens(t, rows, columns, start, fps=fps)
+    ids, sound_length, sound = [text, vision], 0, {}
+    indexes = length + torch.cat([torch.arange(patches) + i * patches for i in noisy_t])
+    if latents.sound is not None:
+        clean_sound, e_sound = torch.from_numpy(latents.sound.T), torch.from_numpy(noise.sound.T)
+        sound_length = clean_sound.shape[1]
+        ids.append(
+            omni.get_3d_mrope_ids_vae_tokens(
+                sound_length, 1, 1, start, fps=25.0, temporal_compression_factor=1, base_temporal_compression_factor=1
+            )[0]
+        )
+        where = length + t * patches + torch.arange(sound_length)
+        sound = {
+            "sound_tokens": [(1 - sigma) * clean_sound + sigma * e_sound],
+            "sound_token_shapes": [(sound_length, 1, 1)],
+            "sound_sequence_indexes": where,
+            "sound_mse_loss_indexes": where,
+            "sound_timesteps": torch.full((sound_length,), 1000 * sigma),
+            "sound_noisy_frame_indexes": [torch.arange(sound_length)],
+        }
+    result = transformer(
+        input_ids=torch.from_numpy(ids_S[:length].astype(np.int64)),
+        text_indexes=torch.arange(length),
+        position_ids=torch.cat(ids, dim=1),
+        und_len=length,
+        sequence_length=length + t * patches + sound_length,
+        vision_tokens=[mixed[None]],
+        vision_token_shapes=[(t, rows, columns)],
+        vision_sequence_indexes=length + torch.arange(t * patches),
+        vision_mse_loss_indexes=indexes,
+        vision_timesteps=torch.full((len(noisy_t) * patches,), 1000 * sigma),
+        vision_noisy_frame_indexes=[torch.from_numpy(noisy_t)],
+        **sound,
+    )
+    error = (result.sample[0][0] - (e - clean))[:, noisy_t].square().mean()
+    return error if latents.sound is None else error + (result.sound[0] - (e_sound - clean_sound)).square().mean()
 
 
 def blocks(pipe: Cosmos3OmniPipeline) -> dict[str, np.ndarray]:

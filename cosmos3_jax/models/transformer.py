@@ -83,14 +83,20 @@ class UndTower(nnx.Module):
         self.layers = stack(config.num_hidden_layers - 1, UndLayer(config))
         self.last = KeysValues(config)
 
-    def prefill(self, ids_BS: jax.Array, length_B: jax.Array, rotary: Rotary, *, unroll: int = 1) -> Prefix:
-        """The Prefix of right-padded prompts: token ids, their real lengths, rotary of positions 0..S-1 ([1, S, H/2])."""
+    def prefill(
+        self, ids_BS: jax.Array, length_B: jax.Array, rotary: Rotary, *, unroll: int = 1, remat: bool = False
+    ) -> Prefix:
+        """The Prefix of right-padded prompts: token ids, their real lengths, rotary of positions 0..S-1 ([1, S, H/2]).
+
+        `remat` is for training: layers are computed once more on the way back, so that nothing within them is kept.
+        """
         graph, weights = nnx.split(self.layers)
 
         def layer(x_BSD, w):
             return nnx.merge(graph, w)(x_BSD, rotary)
 
         x_BSD = constrain(self.embed[...][ids_BS], "BSD")
+        layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
         x_BSD, (k_LBSKH, v_LBSKH) = jax.lax.scan(layer, x_BSD, weights, unroll=unroll)
         _, _, v_BSKH, k_BSKH = self.last(x_BSD, rotary)
         k_LBSKH = jnp.concatenate([k_LBSKH, k_BSKH[None]])
@@ -174,25 +180,49 @@ class GenTower(nnx.Module):
 
         `timestep` in [0, 1000]. A given latent frame is clean and gets no timestep embedding; sound is never given.
         """
+        x_GD = self._tokens(x, timestep, is_given_t)
+        x_BGD = constrain(jnp.broadcast_to(x_GD, (prefix.length_B.shape[0], *x_GD.shape)), "BGD")
+        return self._velocity(x_BGD, x.video.shape, rotary, prefix, unroll=unroll)
+
+    def velocities(
+        self, x: Latents, timestep_B: jax.Array, is_given_Bt: jax.Array, rotary: Rotary, prefix: Prefix, *, remat: bool = False
+    ) -> Latents:
+        """The velocity of latents that differ, [B] in front of them too: a batch to train on. `remat` as in `prefill`."""
+        x_BGD = constrain(jax.vmap(self._tokens)(x, timestep_B, is_given_Bt), "BGD")
+        return self._velocity(x_BGD, x.video.shape[1:], rotary, prefix, remat=remat)
+
+    def _tokens(self, x: Latents, timestep: jax.Array, is_given_t: jax.Array) -> jax.Array:
+        """[G, D]: the video's patches, then the sound's latents, each told the timestep unless it is given."""
+        x_GD = self.vision.tokens(patchify(x.video, self.patch_size))
+        is_given_G = jnp.repeat(is_given_t, x_GD.shape[0] // is_given_t.shape[0])
+        if x.sound is not None:
+            assert self.sound is not None
+            x_GD = jnp.concatenate([x_GD, self.sound.tokens(x.sound)])
+            is_given_G = jnp.pad(is_given_G, (0, x.sound.shape[0]))
+        return x_GD + jnp.where(is_given_G[:, None], 0, self.timestep_embedding(timestep).astype(x_GD.dtype))
+
+    def _velocity(
+        self, x_BGD: jax.Array, shape_thwc: tuple[int, ...], rotary: Rotary, prefix: Prefix, *, unroll: int = 1, remat: bool = False
+    ) -> Latents:
         graph, weights = nnx.split(self.layers)
 
         def layer(x_BGD, inputs):
             w, k_BSKH, v_BSKH = inputs
             return nnx.merge(graph, w)(x_BGD, rotary, Prefix(k_BSKH, v_BSKH, prefix.length_B)), None
 
-        x_GD = self.vision.tokens(patchify(x.video, self.patch_size))
-        patches = x_GD.shape[0]
-        is_given_G = jnp.repeat(is_given_t, patches // is_given_t.shape[0])
-        if x.sound is not None:
-            assert self.sound is not None
-            x_GD = jnp.concatenate([x_GD, self.sound.tokens(x.sound)])
-            is_given_G = jnp.pad(is_given_G, (0, x.sound.shape[0]))
-        x_GD += jnp.where(is_given_G[:, None], 0, self.timestep_embedding(timestep).astype(x_GD.dtype))
-        x_BGD = constrain(jnp.broadcast_to(x_GD, (prefix.length_B.shape[0], *x_GD.shape)), "BGD")
+        layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
         x_BGD, _ = jax.lax.scan(layer, x_BGD, (weights, prefix.k, prefix.v), unroll=unroll)
         x_BGD = self.norm(x_BGD)
-        video = unpatchify(self.vision.velocity(x_BGD[:, :patches]), x.video.shape, self.patch_size)
-        return Latents(video, self.sound.velocity(x_BGD[:, patches:]) if self.sound and x.sound is not None else None)
+        patches = count_patches(shape_thwc, self.patch_size)
+        video = unpatchify(self.vision.velocity(x_BGD[:, :patches]), shape_thwc, self.patch_size)
+        has_sound = self.sound is not None and patches < x_BGD.shape[1]
+        return Latents(video, self.sound.velocity(x_BGD[:, patches:]) if has_sound else None)
+
+
+def count_patches(shape_thwc: tuple[int, ...], size: int) -> int:
+    """The tokens of a video: patches of size x size latents, cut off ones too."""
+    t, h, w, _ = shape_thwc
+    return t * -(-h // size) * -(-w // size)
 
 
 def patchify(x_thwc: jax.Array, size: int) -> jax.Array:

@@ -1,0 +1,1 @@
+"""Post-training: clips become latents once, then the networks, or adapters of them, learn to denoise."""
