@@ -10,9 +10,10 @@ from typing import Any
 from unittest import mock
 
 import cases
-import jax
 import numpy as np
 from metrics import sample
+
+from cosmos3_jax.latents import Latents
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -120,16 +121,14 @@ def layer(pipe: Cosmos3OmniPipeline) -> dict[str, np.ndarray]:
 def gradients(pipe: Cosmos3OmniPipeline, batch: Any, noise: Any, fps: float) -> tuple[float, dict[str, np.ndarray]]:
     """The loss of a batch (cosmos3_jax/training/objective.py) and its gradient for each tensor of the transformer."""
     pipe.transformer.zero_grad()
-    losses = [
-        _row_loss(pipe.transformer, *jax.tree.map(lambda x: x[i], _rows(batch, noise)), fps) for i in range(len(batch.ids_BS))
-    ]
+    losses = []
+    for i in range(len(batch.ids_BS)):
+        drawn = [x[i] for x in (batch.ids_BS, batch.length_B, batch.sigma_B, batch.is_given_Bt)]
+        clean, e = (Latents(x.video[i], None if x.sound is None else x.sound[i]) for x in (batch.latents, noise))
+        losses.append(_row_loss(pipe.transformer, clean, e, *drawn, fps))
     total = sum(losses) / len(losses)
     total.backward()
     return total.item(), {name: p.grad.numpy() for name, p in pipe.transformer.named_parameters() if p.grad is not None}
-
-
-def _rows(batch: Any, noise: Any) -> tuple:
-    return batch.latents, noise, batch.ids_BS, batch.length_B, batch.sigma_B, batch.is_given_Bt
 
 
 def _row_loss(transformer, latents, noise, ids_S, length, sigma, is_given_t, fps) -> "torch.Tensor":

@@ -14,7 +14,7 @@ from cosmos3_jax.latents import Latents
 from cosmos3_jax.models.transformer import GenTower, UndTower
 from cosmos3_jax.published import disarrange, names_of
 from cosmos3_jax.training.batches import Drawn, collate
-from cosmos3_jax.training.objective import draw_noise, draw_sigma, loss, mix
+from cosmos3_jax.training.objective import draw_noise, loss
 from cosmos3_jax.weights import Network, by_path, is_stacked, split
 
 FPS, SHAPE, SOUND = 16.0, (3, 5, 4, 16), 4  # odd rows: patches are cut off

@@ -202,8 +202,9 @@ class GenTower(nnx.Module):
         return x_GD + jnp.where(is_given_G[:, None], 0, self.timestep_embedding(timestep).astype(x_GD.dtype))
 
     def _velocity(
-        self, x_BGD: jax.Array, shape_thwc: tuple[int, ...], rotary: Rotary, prefix: Prefix, *, unroll: int = 1, remat: bool = False
+        self, x_BGD: jax.Array, shape: tuple[int, ...], rotary: Rotary, prefix: Prefix, *, unroll: int = 1, remat: bool = False
     ) -> Latents:
+        """Of tokens; `shape` is that of the video's latents, [t, h, w, c]."""
         graph, weights = nnx.split(self.layers)
 
         def layer(x_BGD, inputs):
@@ -213,8 +214,8 @@ class GenTower(nnx.Module):
         layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
         x_BGD, _ = jax.lax.scan(layer, x_BGD, (weights, prefix.k, prefix.v), unroll=unroll)
         x_BGD = self.norm(x_BGD)
-        patches = count_patches(shape_thwc, self.patch_size)
-        video = unpatchify(self.vision.velocity(x_BGD[:, :patches]), shape_thwc, self.patch_size)
+        patches = count_patches(shape, self.patch_size)
+        video = unpatchify(self.vision.velocity(x_BGD[:, :patches]), shape, self.patch_size)
         has_sound = self.sound is not None and patches < x_BGD.shape[1]
         return Latents(video, self.sound.velocity(x_BGD[:, patches:]) if has_sound else None)
 
