@@ -31,18 +31,18 @@ def write(folder: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
             batch = {}
     if batch:
         _append(folder, batch)
-    with _plain_errors(folder, UNWRITABLE), _context():
+    with plain_errors(folder, UNWRITABLE), _context():
         ocp.partial.finalize(folder.absolute())
 
 
 def _append(folder: Path, arrays: dict[str, np.ndarray]) -> None:
-    with _plain_errors(folder, UNWRITABLE), _context():
+    with plain_errors(folder, UNWRITABLE), _context():
         ocp.partial.save(folder.absolute(), arrays)
 
 
 def contents(folder: Path) -> Contents:
     """Shape and dtype of every array. Raises InputError for a folder that cannot be read."""
-    with _plain_errors(folder, UNREADABLE), _context():
+    with plain_errors(folder, UNREADABLE), _context():
         arrays: Any = ocp.metadata(folder.absolute()).metadata
         if arrays is None:
             raise ValueError("it has no list of its arrays")
@@ -60,7 +60,7 @@ def read(folder: Path, contents: Contents, names: Iterable[str]) -> Iterator[tup
         while left and sum(array.nbytes for array in batch.values()) < BATCH:
             name = left.pop(0)
             batch[name] = np.empty(*contents[name])  # only its shape and dtype are looked at
-        with _plain_errors(folder, UNREADABLE), _context():
+        with plain_errors(folder, UNREADABLE), _context():
             arrays: Any = ocp.load(folder.absolute(), batch)
         yield from arrays.items()
 
@@ -75,7 +75,7 @@ def _context() -> ocp.Context:
 
 
 @contextlib.contextmanager
-def _plain_errors(folder: Path, what: str) -> Iterator[None]:
+def plain_errors(folder: Path, what: str) -> Iterator[None]:
     """Orbax has many ways to say that a folder is damaged, logs among them; this makes one of them."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]

@@ -34,9 +34,13 @@ def _reason(log: bytes, code: int) -> str:
     return f"ffmpeg ended with {code}: {line[:200]}"
 
 
-def frames(path: str | Path, formats: str, max_pixels: int) -> Generator[Image.Image]:
-    """The frames of a video file one by one. Raises OSError if there are none, or not all; ffmpeg ends when this does."""
+def frames(path: str | Path, formats: str, max_pixels: int, fps: float | None = None) -> Generator[Image.Image]:
+    """The frames of a video file one by one; at another `fps`, the nearest of them, some left out or repeated.
+
+    Raises OSError if there are none, or not all; ffmpeg ends when this does.
+    """
     command = _command("-format_whitelist", formats, "-max_pixels", str(max_pixels), "-i", f"file:{path}")
+    command += [] if fps is None else ["-vf", f"fps={fps}:round=near"]
     command += ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]
     found = False
     with tempfile.TemporaryFile() as log:

@@ -46,11 +46,14 @@ def open_image(path: str | Path) -> Image.Image:
         return image if turn is None else image.transpose(turn)
 
 
-def open_clip(path: str | Path, count: int, keep: str = "first") -> list[Image.Image]:
-    """The first or last `count` frames of a video file, RGB and upright. Raises InputError if it cannot be read."""
+def open_clip(path: str | Path, count: int, keep: str = "first", fps: float | None = None) -> list[Image.Image]:
+    """The first or last `count` frames of a video file, RGB and upright; all of its frames, or those at `fps`.
+
+    Raises InputError if it cannot be read.
+    """
     _check_file("video", path)
     try:
-        with contextlib.closing(ffmpeg.frames(path, CLIP_FORMATS, MAX_PIXELS)) as frames:
+        with contextlib.closing(ffmpeg.frames(path, CLIP_FORMATS, MAX_PIXELS, fps)) as frames:
             return list(itertools.islice(frames, count) if keep == "first" else collections.deque(frames, count))
     except OSError as error:
         raise InputError(f"video {path}: not a readable video; MP4 with H.264 is expected ({error})") from error
@@ -206,6 +209,14 @@ def fit_clip(frames: Sequence[Image.Image] | np.ndarray, height: int, width: int
     )
     fitted = array[part][:, rows][:, :, columns].astype(np.float32)
     return fitted if array.min() < 0 else 2 * fitted - 1
+
+
+def cropped(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The largest part in the middle of an image that has the proportions of height x width."""
+    scale = min(image.width / width, image.height / height)
+    columns, rows = round(scale * width), round(scale * height)
+    left, top = (image.width - columns) // 2, (image.height - rows) // 2
+    return image.crop((left, top, left + columns, top + rows))
 
 
 def _array(what: str, value: Any, shape: str) -> np.ndarray:

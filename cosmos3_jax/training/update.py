@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh
 
+from cosmos3_jax.axes import sharding
 from cosmos3_jax.training.objective import Batch, Loss, draw_noise, loss
 from cosmos3_jax.training.trained import Trained, Values
 from cosmos3_jax.weights import Network
@@ -65,10 +67,11 @@ class Progress:
     learning_rate: jax.Array
 
 
-def begin(values: Values, how: Optimization) -> TrainState:
-    """The state before the first step; everything is placed as the values are."""
+def begin(values: Values, how: Optimization, mesh: Mesh) -> TrainState:
+    """The state before the first step: moments and average are placed as their values are, counts are everywhere."""
     average = None if how.average is None else jax.tree.map(jnp.copy, values)
-    return TrainState(jnp.int32(0), values, how.optimizer().init(values), average)
+    state = TrainState(jnp.int32(0), values, how.optimizer().init(values), average)
+    return jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, sharding(mesh, "")), state)
 
 
 Update = Callable[[TrainState, Mapping[str, Network], Batch], tuple[TrainState, Progress]]
