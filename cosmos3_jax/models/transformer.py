@@ -216,8 +216,7 @@ class GenTower(nnx.Module):
         x_BGD = self.norm(x_BGD)
         patches = count_patches(shape, self.patch_size)
         video = unpatchify(self.vision.velocity(x_BGD[:, :patches]), shape, self.patch_size)
-        has_sound = self.sound is not None and patches < x_BGD.shape[1]
-        return Latents(video, self.sound.velocity(x_BGD[:, patches:]) if has_sound else None)
+        return Latents(video, self.sound.velocity(x_BGD[:, patches:]) if self.sound and patches < x_BGD.shape[1] else None)
 
 
 def count_patches(shape_thwc: tuple[int, ...], size: int) -> int:

@@ -1,4 +1,4 @@
-"""Where a run of training stands, on disk (Orbax): weights, moments and average, and the place in the data. Nothing else is needed.
+"""Where a run of training stands, on disk (Orbax): weights, moments and average, and the place in the data.
 
 What is random comes from the seed and the place in the data (batches.py), so there is no state of a generator to keep.
 """
