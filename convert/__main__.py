@@ -15,8 +15,8 @@ from pathlib import Path
 
 import jax
 
-from convert.folders import convert, export, verify
 from convert.inspection import inspect
+from cosmos3_jax.conversion import convert, export, verify
 from cosmos3_jax.errors import InputError
 from cosmos3_jax.pipeline import DTYPES
 

@@ -17,10 +17,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert import folders as conversion
 from convert.__main__ import main
 from convert.random_checkpoint import sound_shapes, write_checkpoint
-from cosmos3_jax import Cosmos3Pipeline, InputError, array_store, make_mesh
+from cosmos3_jax import Cosmos3Pipeline, InputError, array_store, conversion, make_mesh
 from cosmos3_jax.config import TINY_SOUND
 from cosmos3_jax.converted import FORMAT, MARK
 from cosmos3_jax.safetensors_files import in_shards, write_tensors
@@ -476,17 +475,17 @@ def test_an_exception_in_the_middle_leaves_nothing(to, error, published, tmp_pat
 KILLED = """
 import os, signal, sys
 from cosmos3_jax import array_store
-from convert import folders
+from cosmos3_jax import conversion
 from convert.__main__ import main
 
-def kill(self, store, read=folders.Source.read, count=[]):
+def kill(self, store, read=conversion.Source.read, count=[]):
     for pair in read(self, store):
         count.append(store)
         if store == "vae" and len(count) > 60:
             os.kill(os.getpid(), signal.SIGKILL)
         yield pair
 
-folders.Source.read = kill
+conversion.Source.read = kill
 main(sys.argv[1:])
 """
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import cosmos3_jax
-from convert.folders import convert
 from cosmos3_jax import Cosmos3Pipeline, media
 from cosmos3_jax.checkpoint import BUILT_IN, Checkpoint
+from cosmos3_jax.conversion import convert
 from cosmos3_jax.provenance import alike
 
 SMALL = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2, "progress": False}

@@ -92,9 +92,9 @@ def collate(rows: Sequence[Drawn], config: TransformerConfig, fps: float, bucket
     latents = jax.tree.map(lambda *each: np.stack(each), *(row.latents for row in rows))
     sound_frames = 0 if latents.sound is None else latents.sound.shape[1]
     text, generated = positions.layout(config, length_B, ids_BS.shape[1], latents.video.shape[1:4], fps, sound_frames)
-    rotary = [Rotary(*each) for each in (text, generated)]  # type: ignore[arg-type] # numpy, still
+    text_rotary, rotary = (Rotary(*each) for each in (text, generated))  # type: ignore[arg-type] # numpy, still
     sigma_B, is_given_Bt, seed_B = (np.stack([getattr(row, name) for row in rows]) for name in ("sigma", "is_given_t", "seed"))
-    return Batch(latents, ids_BS, length_B, *rotary, sigma_B, is_given_Bt, seed_B)
+    return Batch(latents, ids_BS, length_B, text_rotary, rotary, sigma_B, is_given_Bt, seed_B)
 
 
 def put(batches: Sequence[Batch], mesh: Mesh) -> Batch:

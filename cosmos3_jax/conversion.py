@@ -110,6 +110,12 @@ def convert(
 def export(src: str | Path, dst: str | Path, *, dtype: str | None = None, progress: bool = False) -> Source:
     """Writes the published layout, from either. Raises InputError likewise."""
     source = Source.open(src, dtype=dtype)
+    publish(source, dst, progress=progress)
+    return source
+
+
+def publish(source: Source, dst: str | Path, *, progress: bool = False) -> None:
+    """Writes the published layout. Raises InputError for a place that is taken."""
     with _whole(Path(dst), source) as folder:
         for name, stores in STORES.items():
             tensors = (tensor for store in stores if store in source.stores for tensor in _tensors(source, store, progress))
@@ -118,7 +124,6 @@ def export(src: str | Path, dst: str | Path, *, dtype: str | None = None, progre
         index = read_json(folder / "model_index.json")
         there = {key: value for key, value in index.items() if not isinstance(value, list) or (folder / key).is_dir()}
         write_json(folder / "model_index.json", there)  # without the vision encoder: readers look for all that it lists
-    return source
 
 
 def _tensors(source: Source, store: str, progress: bool) -> Iterator[tuple[str, np.ndarray]]:

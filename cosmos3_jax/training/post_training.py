@@ -1,0 +1,272 @@
+"""The order of things in training, from clips to a checkpoint.
+
+clips.find_clips -> latent_cache (VAE, sound encoder; once a clip) -> batches -> update, step by step -> results
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from cosmos3_jax.checkpoint import Checkpoint, Weights, load
+from cosmos3_jax.errors import InputError
+from cosmos3_jax.latents import Latents
+from cosmos3_jax.networks import Networks, Residence, abstract_networks
+from cosmos3_jax.pipeline import Cosmos3Pipeline, encode
+from cosmos3_jax.processes import is_first
+from cosmos3_jax.prompt import MOST_TOKENS, Metadata, texts, tokenize
+from cosmos3_jax.request import Request, ResolvedRequest, resolve
+from cosmos3_jax.stage import failures_told
+from cosmos3_jax.training import latent_cache
+from cosmos3_jax.training.batches import Draws, Example, batches, collate, put
+from cosmos3_jax.training.clips import Clip, frames
+from cosmos3_jax.training.latent_cache import LatentCache
+from cosmos3_jax.training.results import write_folder
+from cosmos3_jax.training.run import Run, Schedule
+from cosmos3_jax.training.settings import Training
+from cosmos3_jax.training.trained import Trained, Values, Whole, values_of
+from cosmos3_jax.training.update import Optimization, TrainState, begin, update
+from cosmos3_jax.weights import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A checkpoint to be trained on a mesh."""
+
+    checkpoint: Checkpoint
+    tokenizer: Any
+    mesh: Mesh
+    dtype: str  # that is computed in; what is trained is float32
+
+    def weights(self) -> Weights:
+        """Its weights, found to fit. Raises InputError where they do not."""
+        return self.checkpoint.audited(self.abstract(self.dtype).by_name())
+
+    def abstract(self, dtype: str) -> Networks:
+        """Its networks, with shapes for weights."""
+        checkpoint = self.checkpoint
+        return abstract_networks(checkpoint.transformer, checkpoint.vae, self.mesh, dtype, checkpoint.sound)
+
+
+def post_train(
+    model: Model,
+    clips: Sequence[Clip],
+    settings: Training,
+    out: Path,
+    cache: Path,
+    *,
+    check: Callable[[], None] = lambda: None,
+    progress: bool = True,
+) -> Path:
+    """Trains, or goes on with it, in the folder `out`; returns what became of it, a folder or a file of adapters.
+
+    `check` is called before each clip and each step, and may raise StoppedError. Raises InputError for what cannot be used.
+    """
+    settings, weights = settings.checked(), model.weights()
+    asked = request_of(model, clips, settings)
+    with jax.set_mesh(model.mesh), jax.default_matmul_precision("highest" if model.dtype == "float32" else None):
+        kinds = examples(model, clips, asked, weights, cache, check=check, progress=progress)
+        trained, values, frozen = prepare(model, settings, weights, progress=progress)
+        how = optimization(settings)
+        state = begin(values, how, model.mesh)
+        step = update(trained, how, state, train_und=settings.train_text_tower, sound_weight=settings.sound_weight)
+        data = batches(
+            kinds, settings.batch_size * settings.accumulate, settings.seed, draws(asked, settings), no_caption(model)
+        )
+        run = Run(out, about(model, clips, settings))
+        state = run.resume(state, data)
+        bucket = max(len(example.ids) for kind in kinds for example in kind)
+
+        def batch_of(rows: Sequence[Any]) -> Any:
+            parts = [rows[i :: settings.accumulate] for i in range(settings.accumulate)]
+            return put([collate(part, model.checkpoint.transformer, settings.fps, bucket) for part in parts], model.mesh)
+
+        def sample(state: TrainState, folder: Path) -> None:
+            networks = trained.networks(kept(state), frozen)
+            show(model, weights, networks, asked, settings.sample_prompts, folder)
+
+        schedule = Schedule(settings.steps, settings.save_every, settings.sample_every)
+        state = run.go(state, data, step, frozen, batch_of, schedule, sample=sample, check=check, progress=progress)
+    return write(out, model, settings, kept(state))
+
+
+def request_of(model: Model, clips: Sequence[Clip], settings: Training) -> ResolvedRequest:
+    """What a clip is, as a request that would make one: sizes, sound and the shift of the noise levels, checked as its are."""
+    words = ("num_frames", "height", "width", "fps", "enable_sound", "flow_shift")
+    request = Request(prompt="", **{name: getattr(settings, name) for name in words})
+    if all(clip.is_image for clip in clips):
+        request = dataclasses.replace(request, num_frames=1, enable_sound=False)
+    cfg = model.mesh.shape["cfg"]
+    if settings.batch_size % cfg:
+        raise InputError(f"batch_size={settings.batch_size}: cfg={cfg} does not divide it; use {settings.batch_size * cfg}")
+    return resolve(request, *model.checkpoint.configs)
+
+
+def draws(asked: ResolvedRequest, settings: Training) -> Draws:
+    """What is drawn for each clip."""
+    return Draws(asked.flow_shift, settings.caption_dropout, settings.image_share, settings.clip_share)
+
+
+def optimization(settings: Training) -> Optimization:
+    """How weights are moved."""
+    rate = settings.learning_rate or (2e-5 if settings.lora_rank is None else 1e-4)
+    return Optimization(settings.steps, rate, settings.warmup, settings.weight_decay, settings.clip, settings.average)
+
+
+def about(model: Model, clips: Sequence[Clip], settings: Training) -> dict[str, Any]:
+    """All that a run depends on, as JSON has it: with another mesh it would go on too, but not bit for bit."""
+    free = ("save_every", "sample_every", "sample_prompts")
+    values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
+    names = [f"{clip.path.name}: {clip.caption}" for clip in clips]
+    digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+    said = {
+        "checkpoint": model.checkpoint.name,
+        "revision": model.checkpoint.revision,
+        "clips": f"{len(clips)}, sha256 {digest}",
+    }
+    return json.loads(json.dumps({**said, **dict(model.mesh.shape), "dtype": model.dtype, **values}))
+
+
+def examples(
+    model: Model,
+    clips: Sequence[Clip],
+    asked: ResolvedRequest,
+    weights: Weights,
+    cache: Path,
+    *,
+    check: Callable[[], None],
+    progress: bool,
+) -> list["Examples"]:
+    """The clips as latents and tokens, those of one shape together; latents that are not in the cache are made.
+
+    Every process of a mesh makes its own: they may share the cache, but need not.
+    """
+    made_by = {
+        "checkpoint": str(model.checkpoint.folder.resolve()),
+        "revision": model.checkpoint.revision,
+        "dtype": model.dtype,
+        "shape": [asked.num_frames, asked.height, asked.width],
+        "fps": asked.fps,
+        "sound": asked.enable_sound,
+    }
+    store = LatentCache(cache, made_by)
+    store.open()
+    encoder = Encoder(model, weights, asked)
+    files: list[Path] = []
+    with tqdm(clips, desc="encode", unit="clip", disable=not (progress and is_first())) as bar:
+        for clip in bar:
+            check()
+            files.append(store.add(clip.path, functools.partial(encoder, clip)))
+    kinds: dict[Any, Examples] = {}
+    for clip, file in zip(clips, files, strict=True):
+        kinds.setdefault(clip.is_image, Examples()).add(file, caption_ids(model, clip, asked))
+    return list(kinds.values())
+
+
+def caption_ids(model: Model, clip: Clip, asked: ResolvedRequest) -> list[int]:
+    """The tokens of a caption, in the style in which a prompt is written. Raises InputError for one that is too long."""
+    metadata = Metadata(1 if clip.is_image else asked.num_frames, asked.height, asked.width, asked.fps)
+    ids = tokenize(model.tokenizer, texts("native", clip.caption, "", metadata, "")[0])
+    if len(ids) > MOST_TOKENS:
+        raise InputError(f"the caption of {clip.path}: {len(ids)} tokens; {MOST_TOKENS} are possible; shorten it")
+    return ids
+
+
+def no_caption(model: Model) -> list[int]:
+    """The tokens of an empty prompt."""
+    return tokenize(model.tokenizer, "")
+
+
+class Examples:
+    """Clips of one shape, whose latents are read when they are asked for: what grain takes for a list."""
+
+    def __init__(self) -> None:
+        self.files: list[Path] = []
+        self.ids: list[list[int]] = []
+
+    def add(self, file: Path, ids: list[int]) -> None:
+        """One more."""
+        self.files.append(file)
+        self.ids.append(ids)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(latent_cache.read(self.files[index]), self.ids[index])
+
+
+class Encoder:
+    """Clips to latents; the VAE is loaded at the first."""
+
+    def __init__(self, model: Model, weights: Weights, asked: ResolvedRequest):
+        self.model, self.weights, self.asked = model, weights, asked
+        self.vae: Network | None = None
+
+    def __call__(self, clip: Clip) -> Latents:
+        """Raises InputError for a file that cannot be read, or is too short."""
+        asked = self.asked
+        pixels = frames(clip, asked.num_frames, asked.height, asked.width, asked.fps)
+        with failures_told("encode"):
+            if self.vae is None:
+                self.vae = load(self.weights, "vae", self.model.abstract(self.model.dtype).vae)
+            return Latents(np.asarray(encode(self.vae, pixels)))
+
+
+def prepare(
+    model: Model, settings: Training, weights: Weights, *, progress: bool
+) -> tuple[Trained, Values, dict[str, Network]]:
+    """What is trained, what it begins with, and the networks that stay as they are."""
+    parts = ("und", "gen") if settings.train_text_tower else ("gen",)
+    masters, computed = model.abstract("float32").by_name(), model.abstract(model.dtype).by_name()
+    with failures_told("load"):
+        if settings.lora_rank is None:
+            values = values_of({part: load(weights, part, masters[part], progress=progress) for part in parts})
+            frozen = {part: load(weights, part, computed[part], progress=progress) for part in {"und", "gen"} - set(parts)}
+            return Whole({part: masters[part] for part in parts}, jnp.dtype(model.dtype)), values, frozen
+    raise NotImplementedError
+
+
+def kept(state: TrainState) -> Values:
+    """What a run leaves: the average of the weights, if there is one."""
+    return state.values if state.average is None else state.average
+
+
+def show(
+    model: Model,
+    weights: Weights,
+    networks: Mapping[str, Network],
+    asked: ResolvedRequest,
+    prompts: Sequence[str],
+    folder: Path,
+) -> None:
+    """Writes what the networks make of some prompts: 0.mp4, 1.mp4, … or pictures."""
+    if not prompts:
+        return
+
+    def fill(part: str, network: Network, *, progress: bool) -> Network:
+        return networks[part] if part in networks else load(weights, part, network)
+
+    residence = Residence(fill, model.abstract(model.dtype), model.mesh, "keep")
+    pipe = Cosmos3Pipeline(model.checkpoint, model.tokenizer, model.mesh, model.dtype, residence)
+    for index, prompt in enumerate(prompts):
+        request = dataclasses.replace(asked, prompt=prompt, output_type="pil")
+        result = pipe.run(request, progress=False)
+        if is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+            result.save(folder / f"{index}{request.suffix}")
+
+
+def write(out: Path, model: Model, settings: Training, values: Values) -> Path:
+    """Writes what was trained."""
+    write_folder(out / "checkpoint", model.checkpoint, values)
+    return out / "checkpoint"

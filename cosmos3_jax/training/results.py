@@ -1,0 +1,68 @@
+"""What training leaves: a folder in the published layout, or a file of adapters."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from cosmos3_jax.checkpoint import Checkpoint, Weights
+from cosmos3_jax.conversion import Source, publish
+from cosmos3_jax.processes import is_first
+from cosmos3_jax.training.trained import Values
+from cosmos3_jax.weights import Network, by_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Replaced:
+    """The weights of a folder, but those that were trained."""
+
+    weights: Weights
+    values: Values
+
+    def audit(self, networks: Mapping[str, Network]) -> list[str]:
+        return self.weights.audit(networks)
+
+    def dtypes(self, part: str, network: Network) -> dict[str, np.dtype]:
+        return self.weights.dtypes(part, network)
+
+    def beside(self, store: str) -> dict[str, tuple[int, ...]]:
+        return self.weights.beside(store)
+
+    def arrays(self, store: str) -> Iterator[tuple[str, np.ndarray]]:
+        return self.weights.arrays(store)
+
+    def read(self, part: str, network: Network, on_bytes: Callable[[int], object]) -> Iterator[tuple[str, jax.Array]]:
+        if part not in self.values:
+            yield from self.weights.read(part, network, on_bytes)
+            return
+        for path, w in by_path(network.weights).items():
+            yield path, self.values[part][path].astype(w.dtype)
+
+
+def whole(x: jax.Array) -> np.ndarray:
+    """An array that is divided over devices, of other processes too."""
+    if not x.is_fully_addressable:
+        x = jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+    return np.asarray(x)
+
+
+def write_folder(folder: Path, base: Checkpoint, values: Values) -> None:
+    """Writes a folder in the published layout, in the place of an earlier one: `base` with the weights that were trained.
+
+    They are in the dtypes of `base`. Every process calls it, and the first one writes.
+    """
+    values = {part: {path: whole(x) for path, x in of.items()} for part, of in values.items()}
+    if not is_first():
+        return
+    source = Source.open(base.folder)
+    source = dataclasses.replace(source, weights=Replaced(source.weights, values))
+    before = folder.with_name(f".{folder.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
+    if folder.exists():
+        folder.rename(before)
+    publish(source, folder)
+    shutil.rmtree(before, ignore_errors=True)

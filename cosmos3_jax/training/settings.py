@@ -1,0 +1,99 @@
+"""Everything that can be set of a run of training, with its default and its check."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+from cosmos3_jax.errors import InputError, shown
+
+WHOLE = {  # at least
+    "steps": 1,
+    "batch_size": 1,
+    "accumulate": 1,
+    "warmup": 0,
+    "save_every": 1,
+    "sample_every": 1,
+    "seed": 0,
+}
+RANGES: dict[str, tuple[float, float]] = {
+    "learning_rate": (1e-12, 1),
+    "weight_decay": (0, 10),
+    "clip": (1e-6, 1e6),
+    "average": (0, 1),
+    "flow_shift": (0.01, 1000),
+    "caption_dropout": (0, 1),
+    "image_share": (0, 1),
+    "clip_share": (0, 1),
+    "sound_weight": (0, 1000),
+    "lora_alpha": (1e-3, 1e6),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """One run. Without `lora_rank` all weights of the generating tower are trained, with it adapters of some."""
+
+    num_frames: int = 189  # of a clip, 1 + 4k; its first ones
+    height: int = 720  # pixels, a multiple of 16; clips are cut in the middle to these proportions, and resized
+    width: int = 1280
+    fps: float = 24.0  # at which frames are taken, the nearest there are
+    enable_sound: bool = False  # learn the soundtracks of the clips too
+    steps: int = 1000
+    batch_size: int = 1  # clips in a batch, divided over `cfg`
+    accumulate: int = 1  # batches in a step
+    learning_rate: float | None = None  # None: 1e-4 for adapters, 2e-5 for all weights
+    warmup: int = 100  # steps
+    weight_decay: float = 0.01  # of matrices
+    clip: float = 1.0  # of the norm of all gradients together
+    average: float | None = None  # of the weights' moving average, which is then what is kept (EMA); 0.999, say
+    flow_shift: float | None = None  # more of the noise levels at high noise; None: the 10 of a video, the 3 of an image
+    caption_dropout: float = 0.1  # share of clips without their caption, for guidance
+    image_share: float = 0.2  # share of clips of which the first frame is given
+    clip_share: float = 0.1  # share of clips of which the first two latent frames, five frames, are given
+    sound_weight: float = 1.0  # of the sound's loss beside the video's
+    train_text_tower: bool = False
+    lora_rank: int | None = None
+    lora_alpha: float | None = None  # None: the rank
+    lora_targets: Sequence[str] = ()  # none: the attention of the generating tower (lora.py)
+    seed: int = 0  # of the order of clips, the noise and all else that is drawn
+    save_every: int = 500  # steps
+    sample_every: int = 500  # steps
+    sample_prompts: Sequence[str] = ()
+
+    def checked(self) -> "Training":
+        """These settings as Python's own numbers. Raises InputError for one that cannot be used.
+
+        What has to do with a checkpoint (frames, sizes, sound) is checked as that of a request is.
+        """
+        values: dict[str, Any] = {}
+        for name, least in WHOLE.items():
+            values[name] = _whole(name, getattr(self, name), least)
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            values[name] = None if value is None and _is_optional(name) else _real(name, value, low, high)
+        if self.lora_rank is not None:
+            values["lora_rank"] = _whole("lora_rank", self.lora_rank, 1)
+        elif self.lora_targets or self.lora_alpha is not None:
+            raise InputError("lora_targets and lora_alpha are for adapters: give lora_rank too, or leave them out")
+        if values["image_share"] + values["clip_share"] > 1:
+            raise InputError(f"image_share={self.image_share} and clip_share={self.clip_share}: at most 1 together is expected")
+        return dataclasses.replace(self, **values)
+
+
+def _is_optional(name: str) -> bool:
+    return {field.name: field.default for field in dataclasses.fields(Training)}[name] is None
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value < 2**31:
+        raise InputError(f"{name}={shown(value)}: a whole number of at least {least} is expected")
+    return int(value)
+
+
+def _real(name: str, value: Any, low: float, high: float) -> float:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high:
+        raise InputError(f"{name}={shown(value)}: a number from {low} to {high} is expected")
+    return float(value)
