@@ -1,7 +1,7 @@
 """The command line of training: `python -m cosmos3_jax.train --checkpoint DIR --data FOLDER --out RUN`.
 
-The same command goes on where it was stopped (Ctrl-C, SIGTERM, a machine that died). What goes wrong is one sentence on stderr and
-an exit code (errors.py); the last line on stdout is a JSON object that names what was made.
+The same command goes on where it was stopped (Ctrl-C, SIGTERM, a machine that died). What goes wrong is one sentence on stderr
+and an exit code (errors.py); the last line on stdout is a JSON object that names what was made.
 """
 
 import argparse

@@ -79,12 +79,11 @@ def post_train(
         how = optimization(settings)
         state = begin(values, how, model.mesh)
         step = update(trained, how, state, train_und=settings.train_text_tower, sound_weight=settings.sound_weight)
-        data = batches(
-            kinds, settings.batch_size * settings.accumulate, settings.seed, draws(asked, settings), no_caption(model)
-        )
+        size, nothing = settings.batch_size * settings.accumulate, tokenize(model.tokenizer, "")
+        data = batches(kinds, size, settings.seed, draws(asked, settings), nothing)
         run = Run(out, about(model, clips, settings))
         state = run.resume(state, data)
-        bucket = max(len(example.ids) for kind in kinds for example in kind)
+        bucket = max(len(ids) for kind in kinds for ids in (nothing, *kind.ids))
 
         def batch_of(rows: Sequence[Any]) -> Any:
             parts = [rows[i :: settings.accumulate] for i in range(settings.accumulate)]
@@ -133,7 +132,7 @@ def about(model: Model, clips: Sequence[Clip], settings: Training) -> dict[str, 
         "revision": model.checkpoint.revision,
         "clips": f"{len(clips)}, sha256 {digest}",
     }
-    return json.loads(json.dumps({**said, **dict(model.mesh.shape), "dtype": model.dtype, **values}))
+    return json.loads(json.dumps({**names, **dict(model.mesh.shape), "dtype": model.dtype, **values}))
 
 
 def examples(
@@ -181,12 +180,7 @@ def caption_ids(model: Model, clip: Clip, asked: ResolvedRequest) -> list[int]:
     return ids
 
 
-def no_caption(model: Model) -> list[int]:
-    """The tokens of an empty prompt."""
-    return tokenize(model.tokenizer, "")
-
-
-class Examples:
+class Examples(Sequence[Example]):
     """Clips of one shape, whose latents are read when they are asked for: what grain takes for a list."""
 
     def __init__(self) -> None:
@@ -201,7 +195,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: Any) -> Any:
         return Example(latent_cache.read(self.files[index]), self.ids[index])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
 
 from cosmos3_jax.checkpoint import Checkpoint, Weights
 from cosmos3_jax.conversion import Source, publish
@@ -46,7 +46,7 @@ class Replaced:
 def whole(x: jax.Array) -> np.ndarray:
     """An array that is divided over devices, of other processes too."""
     if not x.is_fully_addressable:
-        x = jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
 
 

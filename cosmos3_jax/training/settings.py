@@ -87,7 +87,7 @@ def _is_optional(name: str) -> bool:
 
 
 def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value < 2**31:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= int(value) < 2**31:
         raise InputError(f"{name}={shown(value)}: a whole number of at least {least} is expected")
     return int(value)
 
