@@ -125,13 +125,9 @@ def about(model: Model, clips: Sequence[Clip], settings: Training) -> dict[str, 
     """All that a run depends on, as JSON has it: with another mesh it would go on too, but not bit for bit."""
     free = ("save_every", "sample_every", "sample_prompts")
     values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
-    names = [f"{clip.path.name}: {clip.caption}" for clip in clips]
-    digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
-    said = {
-        "checkpoint": model.checkpoint.name,
-        "revision": model.checkpoint.revision,
-        "clips": f"{len(clips)}, sha256 {digest}",
-    }
+    said = json.dumps([f"{clip.path.name}: {clip.caption}" for clip in clips])
+    names = {"checkpoint": model.checkpoint.name, "revision": model.checkpoint.revision}
+    names["clips"] = f"{len(clips)}, sha256 {hashlib.sha256(said.encode()).hexdigest()[:16]}"
     return json.loads(json.dumps({**names, **dict(model.mesh.shape), "dtype": model.dtype, **values}))
 
 
