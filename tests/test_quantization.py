@@ -20,9 +20,9 @@ from cosmos3_jax.axes import sharding
 from cosmos3_jax.config import NANO, TINY, TINY_SOUND, TINY_VAE, WAN_VAE
 from cosmos3_jax.estimate import Job, towers
 from cosmos3_jax.networks import Residence, abstract_networks
-from cosmos3_jax.quantization import E4M3, LARGEST, Quantized, product, quantize, quantized
+from cosmos3_jax.quantization import E4M3, LARGEST, Quantized, quantize, quantized
 from cosmos3_jax.request import Request, resolve
-from cosmos3_jax.weights import Network, Weight, by_path, map_weights, nbytes_on_device
+from cosmos3_jax.weights import Network, Weight, by_path, map_weights, nbytes_on_device, product
 
 # Every product that the networks write, from their own files.
 SOURCES = [file.read_text() for file in Path(models.__path__[0]).glob("*.py")]
