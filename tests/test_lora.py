@@ -1,5 +1,6 @@
 """Adapters: which weights have them, that they add what they should wherever they are computed, and can be trained."""
 
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -164,6 +165,14 @@ def test_what_cannot_be_is_refused(asked, sentence):
 def test_edge_has_no_gates():
     with pytest.raises(InputError, match="'gate_proj' is no projection"):
         abstract_adapters(networks("edge"), cases.FAMILIES["edge"], 4, 8, ("gate_proj",))
+
+
+def test_a_text_tower_of_one_layer_has_but_keys_and_values():
+    config = dataclasses.replace(cases.FAMILIES["small"], num_hidden_layers=1)
+    parts = abstract_networks(config, cases.VAE, make_mesh(), "float32").by_name()
+    assert list(abstract_adapters(parts, config, 4, 8, ("to_k", "to_v"))["und"]) == ["last.k", "last.v"]
+    with pytest.raises(InputError, match="'to_q' is no projection"):
+        abstract_adapters(parts, config, 4, 8, ("to_q",))
 
 
 @pytest.mark.parametrize("function", [adapted, merged])
