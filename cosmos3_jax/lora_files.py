@@ -77,6 +77,8 @@ class Lora:
         with file.open("rb") as opened:
             self.sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
         self.config = _config(file, metadata)
+        patterns = {name: (self.config.get(name) or {}).items() for name in ("rank_pattern", "alpha_pattern")}
+        self.patterns = {name: [(_compiled(key), value) for key, value in listed] for name, listed in patterns.items()}
         self.pairs: dict[str, Pair] = {}
         self.problems: list[str] = []
         for name, tensor in tensors.items():
@@ -104,8 +106,7 @@ class Lora:
     def audit(self, networks: Mapping[str, Network], config: TransformerConfig) -> list[str]:
         """What keeps the file from being added to abstract networks ("und", "gen"), a line each."""
         shapes = _shapes(networks, config)
-        unused = {name.removesuffix(".weight"): reason for name, reason in unused_tensors(config).items()}
-        lines = list(self.problems)
+        unused, lines = _unused(config), list(self.problems)
         for module, pair in sorted(self.pairs.items()):
             if module in shapes:
                 lines += self._faults(module, pair, shapes[module])
@@ -124,17 +125,21 @@ class Lora:
             elif tensor.shape != expected or rank == 0:
                 wanted = ", ".join(str(size or "R") for size in expected)
                 yield f"misshapen: {module}.{name}.weight is {list(tensor.shape)}, expected [{wanted}]"
-        configured = _of_pattern(self.config.get("rank_pattern"), module, self.config.get("r", rank))
+        configured = self._by_pattern("rank_pattern", module, self.config.get("r", rank))
         if rank and configured != rank:
             yield f"rank: {module} has {rank}, in the config it is {configured}"
         if pair.alpha is not None and pair.alpha.kind in DTYPES:
-            value = pair.alpha.view().astype(np.float64)
-            if value.size != 1 or not np.abs(value).item() <= MOST:
-                yield f"alpha: {module}.alpha is {value.tolist()}, expected a number from {-MOST} to {MOST}"
+            value = float(pair.alpha.view().item()) if math.prod(pair.alpha.shape) == 1 else math.nan
+            if not abs(value) <= MOST:
+                yield f"alpha: {module}.alpha {list(pair.alpha.shape)} is {value}, expected one number from {-MOST} to {MOST}"
+
+    def _by_pattern(self, name: str, module: str, otherwise: Any) -> Any:
+        """What the first fitting key of a pattern has: peft's `get_pattern_key`."""
+        return next((value for pattern, value in self.patterns[name] if pattern.match(module)), otherwise)
 
     def tell_unused(self, config: TransformerConfig) -> None:
         """A line for the log of what has no effect."""
-        if names := sorted(self.pairs.keys() & {name.removesuffix(".weight") for name in unused_tensors(config)}):
+        if names := sorted(self.pairs.keys() & _unused(config)):
             log.info("%s: without effect, for nothing reads the last text layer's output: %s", self.file.name, ", ".join(names))
 
     def values(self, module: str) -> tuple[np.ndarray, np.ndarray, float]:
@@ -144,9 +149,9 @@ class Lora:
         assert pair.b is not None
         a, b = (each.view().astype(np.float32) for each in (pair.a, pair.b))
         alpha = self.config.get("lora_alpha", 8 if self.config else len(a))  # 8: LoraConfig's own
-        alpha = _of_pattern(self.config.get("alpha_pattern"), module, alpha)
+        alpha = self._by_pattern("alpha_pattern", module, alpha)
         if pair.alpha is not None:
-            alpha = pair.alpha.view().astype(np.float64).item()
+            alpha = float(pair.alpha.view().item())
         return a, b, self.scale * alpha / (math.sqrt(len(a)) if self.config.get("use_rslora") else len(a))
 
 
@@ -185,7 +190,7 @@ def _located(path: Path) -> Path:
     return found[0]
 
 
-def check(loras: Sequence[Lora], networks: Mapping[str, Network], config: TransformerConfig) -> None:
+def check_loras(loras: Sequence[Lora], networks: Mapping[str, Network], config: TransformerConfig) -> None:
     """Raises InputError with all that keeps a file from being added to abstract networks ("und", "gen")."""
     for lora in loras:
         if problems := lora.audit(networks, config):
@@ -276,6 +281,11 @@ def _shapes(networks: Mapping[str, Network], config: TransformerConfig) -> dict[
     return shapes
 
 
+def _unused(config: TransformerConfig) -> set[str]:
+    """Modules that adapters of others may have, but whose output nothing reads."""
+    return {name.removesuffix(".weight") for name in unused_tensors(config) if name.startswith(("layers.", "lm_head."))}
+
+
 def _config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """peft's config of a file, as far as there is one. Raises InputError for settings that are not plain LoRA, or none."""
     if METADATA in metadata:
@@ -318,14 +328,13 @@ def _check_numbers(place: str, config: Mapping[str, Any]) -> None:
 def _is_harmless(pattern: str) -> bool:
     """Whether it is a regular expression that takes no time to be matched."""
     try:
-        re.compile(pattern)
+        _compiled(pattern)
     except (re.error, RecursionError, OverflowError):
         return False
     repeats = len(re.findall(r"[*+?{]", pattern))
     return len(pattern) <= 200 and repeats <= REPEATS and not re.search(r"\)[*+?{]", pattern)
 
 
-def _of_pattern(by_pattern: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
-    """What the first pattern that fits has: peft's `get_pattern_key`."""
-    fitting = (value for key, value in (by_pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module))
-    return next(fitting, otherwise)
+def _compiled(pattern: str) -> re.Pattern:
+    """For the whole name of a module, or its end after a dot."""
+    return re.compile(rf"(.*\.)?({pattern})$")

@@ -28,7 +28,7 @@ from cosmos3_jax.config import TransformerConfig, VAEConfig
 from cosmos3_jax.errors import InputError, shown
 from cosmos3_jax.latents import Latents, noise, private, public
 from cosmos3_jax.lora import merged
-from cosmos3_jax.lora_files import Lora, check, open_loras, read_adapters
+from cosmos3_jax.lora_files import Lora, check_loras, open_loras, read_adapters
 from cosmos3_jax.models.layers import Rotary
 from cosmos3_jax.models.transformer import Prefix
 from cosmos3_jax.models.vae import uint8, unit
@@ -137,7 +137,7 @@ class Cosmos3Pipeline:
         loras = open_loras(lora)
         if loras:
             towers = abstract_networks(checkpoint.transformer, checkpoint.vae, mesh, dtype)
-            check(loras, towers.by_name(), checkpoint.transformer)
+            check_loras(loras, towers.by_name(), checkpoint.transformer)
         checker = safety.chosen(safety_checker)
         sound = checkpoint.sound is not None and checkpoint.transformer.sound_gen
         checkpoint = Checkpoint.open(path, sound=sound)  # the weights are downloaded now that nothing else is wrong

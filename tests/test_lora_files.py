@@ -22,7 +22,7 @@ from convert.folders import convert
 from cosmos3_jax import Cosmos3Pipeline, InputError, RunError, dry_run, generate, make_mesh, networks, pipeline
 from cosmos3_jax.flags import file_and_scale
 from cosmos3_jax.lora import Adapter, abstract_adapters
-from cosmos3_jax.lora_files import CONFIG, METADATA, NAMES, check, open_loras, read_adapters, write_adapters
+from cosmos3_jax.lora_files import CONFIG, METADATA, NAMES, check_loras, open_loras, read_adapters, write_adapters
 from cosmos3_jax.networks import abstract_networks
 from cosmos3_jax.weights import Network
 
@@ -63,7 +63,7 @@ def read(*asked, parts: dict[str, Network] | None = None, family: str = "small")
     """The sum of files, by part and path."""
     parts, config = parts or abstract(family), cases.FAMILIES[family]
     loras = open_loras(asked)
-    check(loras, parts, config)
+    check_loras(loras, parts, config)
     return {part: found for part in parts if (found := read_adapters(loras, part, parts[part], config))}
 
 
@@ -326,11 +326,11 @@ FAULTS = {
     ),
     "alpha is none": (
         put(alpha=np.array(np.nan, np.float32)),
-        [f"alpha: {Q}.alpha is nan, expected a number from -1000000 to 1000000"],
+        [f"alpha: {Q}.alpha [] is nan, expected one number from -1000000 to 1000000"],
     ),
     "alphas": (
         put(alpha=np.ones(2, np.float32)),
-        [f"alpha: {Q}.alpha is [1.0, 1.0], expected a number from -1000000 to 1000000"],
+        [f"alpha: {Q}.alpha [2] is nan, expected one number from -1000000 to 1000000"],
     ),
 }
 
@@ -420,6 +420,7 @@ BAD_CONFIGS = {
         '{"alpha_pattern": {"(": 1}}',
         r"alpha_pattern: '\(' is no regular expression with at most 2 repetitions",
     ),
+    "flags": ('{"rank_pattern": {"(?i)TO_Q": 1}}', r"rank_pattern: .* is no regular expression with at most 2 repetitions"),
     "nested": ('{"rank_pattern": {"(a+)+$": 1}}', r"rank_pattern: .* is no regular expression with at most 2 repetitions"),
     "many": ('{"rank_pattern": {".*.*.*.*.*=": 1}}', r"rank_pattern: .* is no regular expression with at most 2 .*"),
     "long": ('{"rank_pattern": {"%s": 1}}' % ("a" * 300), r"rank_pattern: .* is no regular expression with at most 2 .*"),
