@@ -91,13 +91,29 @@ def product_of_value(letters: str, x: jax.Array, value: Any) -> jax.Array:
 
 def map_weights(function: Callable[[str, Weight], Any], tree: nnx.State) -> nnx.State:
     """`tree` with each Weight's value replaced by `function(path, weight)`; a path reads "layers.mlp.up"."""
-    flat = [(path, w.replace(function(_dotted(path), w))) for path, w in nnx.to_flat_state(tree)]
+    flat = [(path, w.replace(function(_dotted(path), w))) for path, w in _flat(tree)]
     return nnx.from_flat_state(flat)
 
 
 def by_path(tree: nnx.State) -> dict[str, Weight]:
     """The weights by their place in the network."""
-    return {_dotted(path): w for path, w in nnx.to_flat_state(tree)}
+    return {_dotted(path): w for path, w in _flat(tree)}
+
+
+def _flat(tree: nnx.State) -> list[tuple[tuple, Weight]]:
+    """The weights and their paths, in the order of these.
+
+    As `nnx.to_flat_state`, which leaves a cycle of references behind: weights would stay until Python looks for those.
+    """
+    nested: list[tuple[tuple, Any]] = [((), tree)]
+    flat: list[tuple[tuple, Weight]] = []
+    while nested:
+        path, value = nested.pop()
+        if isinstance(value, Mapping):
+            nested += [((*path, name), inner) for name, inner in value.items()]
+        else:
+            flat.append((path, value))
+    return sorted(flat, key=lambda pair: pair[0])
 
 
 def _dotted(path: tuple) -> str:
