@@ -11,6 +11,7 @@ whole sharding policy is the table `MESH_AXIS`: a letter that is not in it is wh
     C  channels of one latent patch                          H  head dimension
     E  frequencies of the timestep embedding                 F  width of the MLP
     V  vocabulary                                            A  channels of one sound latent
+    R  rank of an adapter (lora.py)
 
 Pixels and latents use lower-case t h w c (frames, rows, columns, channels), sound latents s c, and sound n c (n samples). Rows
 and columns are divided while a video is decoded, by the same devices in another arrangement (`picture_mesh`).

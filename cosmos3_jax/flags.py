@@ -33,6 +33,15 @@ def _read_text(path: str) -> str:
         raise InputError(f"@{path}: no text file that can be read ({error})") from error
 
 
+def file_and_scale(text: str) -> tuple[str, float]:
+    """FILE or FILE:SCALE, of which a colon that no number follows is part of FILE."""
+    file, colon, scale = text.rpartition(":")
+    try:
+        return (file, float(scale)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def parser() -> argparse.ArgumentParser:
     """What `--help` tells."""
     made = argparse.ArgumentParser(
@@ -72,6 +81,14 @@ def parser() -> argparse.ArgumentParser:
         "--quantize",
         choices=("fp8",),
         help="the generating tower's matrices in FP8: less memory, faster from Hopper on, not exact",
+    )
+    add(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        type=file_and_scale,
+        action="append",
+        default=[],
+        help="adapters added to the weights, also several times; no effect on a dry run",
     )
     add("--no-compilation-cache", action="store_true", help="compile anew, and keep nothing for the next run")
     add("--coordinator", metavar="HOST:PORT", help="of process 0, where several processes meet (not needed under SLURM)")

@@ -27,6 +27,7 @@ from cosmos3_jax.config import PRESETS, SOUND_TOKENIZER, UNIPC, WAN_VAE
 from cosmos3_jax.dry_run import dry_run
 from cosmos3_jax.errors import Cosmos3Error, DeviceError, InputError, OutOfMemoryError, StoppedError
 from cosmos3_jax.estimate import TEXT_TOKENS, Job, virtual_devices
+from cosmos3_jax.lora_files import open_loras
 from cosmos3_jax.output_folder import OutputFolder
 from cosmos3_jax.pipeline import Cosmos3Pipeline, dtype_on, open_media, token_ids
 from cosmos3_jax.prompt import load_tokenizer
@@ -127,6 +128,7 @@ def _generate_many(arguments: argparse.Namespace) -> int:
     lines = read_requests(arguments.requests)
     sound = bool(arguments.enable_sound) or any(line.words.get("enable_sound") for line in lines)
     checkpoint, mesh = Checkpoint.open(_path(arguments), weights=False, sound=sound), make_mesh(arguments.cfg, arguments.tp)
+    lora = [each.identity for each in open_loras(arguments.lora)]
     dtype, folder = dtype_on(mesh, arguments.dtype), OutputFolder(Path(arguments.out_dir)) if processes.is_first() else None
 
     def resolved(line: Line) -> ResolvedRequest:
@@ -134,7 +136,7 @@ def _generate_many(arguments: argparse.Namespace) -> int:
 
     def metadata(request: ResolvedRequest) -> Mapping[str, Any]:
         request = open_media(request, checkpoint.vae)
-        return provenance(request, checkpoint, mesh, dtype, quantize=arguments.quantize, guardrails=None)
+        return provenance(request, checkpoint, mesh, dtype, quantize=arguments.quantize, guardrails=None, lora=lora)
 
     batch = Batch(lines, folder, resolved, metadata, fail_fast=arguments.fail_fast)
     with stoppable() as check:
@@ -190,6 +192,7 @@ def _load(arguments: argparse.Namespace, *, sound: bool) -> tuple[Cosmos3Pipelin
         dtype=arguments.dtype,
         text_tower=arguments.text_tower,
         quantize=arguments.quantize,
+        lora=arguments.lora,
         sound=sound,
         safety_checker=arguments.guardrails,
         progress=not arguments.quiet,

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,11 +22,13 @@ from tqdm import tqdm
 from cosmos3_jax import media, positions, safety, sampler
 from cosmos3_jax.axes import make_mesh, picture_mesh, place
 from cosmos3_jax.callback import on_step
-from cosmos3_jax.checkpoint import Checkpoint, load
+from cosmos3_jax.checkpoint import Checkpoint, Weights, load
 from cosmos3_jax.compilation_cache import use_compilation_cache
-from cosmos3_jax.config import VAEConfig
+from cosmos3_jax.config import TransformerConfig, VAEConfig
 from cosmos3_jax.errors import InputError, shown
 from cosmos3_jax.latents import Latents, noise, private, public
+from cosmos3_jax.lora import merged
+from cosmos3_jax.lora_files import Lora, check_loras, open_loras, read_adapters
 from cosmos3_jax.models.layers import Rotary
 from cosmos3_jax.models.transformer import Prefix
 from cosmos3_jax.models.vae import uint8, unit
@@ -89,10 +91,12 @@ class Cosmos3Pipeline:
         dtype: str,
         residence: Residence,
         safety_checker: safety.SafetyChecker | None = None,
+        lora: Sequence[Mapping[str, Any]] = (),
     ):
         self.checkpoint, self.tokenizer, self.mesh, self.residence = checkpoint, tokenizer, mesh, residence
         self.dtype = dtype  # of weights and activations; the timestep embedding and the sampler are float32 in any case
         self.safety_checker = safety_checker
+        self.lora = lora  # what was added to the weights: file, checksum and scale of each
 
     @classmethod
     def from_pretrained(
@@ -103,6 +107,7 @@ class Cosmos3Pipeline:
         dtype: str | None = None,
         text_tower: str = "auto",
         quantize: str | None = None,
+        lora: Sequence[Any] = (),
         sound: bool = True,
         safety_checker: safety.SafetyChecker | bool | None = None,
         progress: bool = True,
@@ -113,10 +118,11 @@ class Cosmos3Pipeline:
         `text_tower` is what becomes of the text tower after a prompt: "keep", "host" (waits in host memory) or "drop" (read
         again for the next one); "auto" keeps it unless memory is short (networks.py). Only what is kept is loaded now, and
         the sound decoder at the first sound; without `sound` it is not even downloaded. `quantize="fp8"` halves the memory of
-        the generating tower's matrices, and is not exact (quantization.py). `safety_checker` is one, or whether
+        the generating tower's matrices, and is not exact (quantization.py). `lora` has files of adapters, "FILE" or ("FILE",
+        scale) each, that are added to the weights whenever these are read (lora_files.py). `safety_checker` is one, or whether
         `cosmos_guardrail` is to be it; None: if it is installed (safety.py). What is compiled from now on is kept for the next
         process (compilation_cache.py).
-        Raises InputError for a folder, a mesh or tensors that do not fit, before any weight is read.
+        Raises InputError for a folder, a mesh, adapters or tensors that do not fit, before any weight is read.
         """
         checkpoint = Checkpoint.open(path, weights=False, sound=sound)
         mesh = make_mesh() if mesh is None else mesh
@@ -128,19 +134,23 @@ class Cosmos3Pipeline:
         if not isinstance(quantize, str | None) or quantize not in QUANTIZE:
             raise InputError(f'quantize={shown(quantize)}: None or "fp8" is expected')
         checkpoint.transformer.check_tensor_parallel(mesh.shape["tp"])
+        loras = open_loras(lora)
+        if loras:
+            towers = abstract_networks(checkpoint.transformer, checkpoint.vae, mesh, dtype)
+            check_loras(loras, towers.by_name(), checkpoint.transformer)
         checker = safety.chosen(safety_checker)
         sound = checkpoint.sound is not None and checkpoint.transformer.sound_gen
         checkpoint = Checkpoint.open(path, sound=sound)  # the weights are downloaded now that nothing else is wrong
         tokenizer = load_tokenizer(checkpoint.folder / "text_tokenizer", checkpoint.transformer.vocab_size)
         use_compilation_cache()
         networks = abstract_networks(checkpoint.transformer, checkpoint.vae, mesh, dtype, checkpoint.sound)
-        fill = functools.partial(load, checkpoint.audited(networks.by_name()))
+        fill = functools.partial(load_with, loras, checkpoint.transformer, checkpoint.audited(networks.by_name()))
         residence = Residence(fill, networks, mesh, text_tower, quantize=quantize)
         if residence.text_tower == "keep":
             for part in ("und", "gen", "vae"):
                 with failures_told("load"):
                     residence.bring(part, progress=progress)
-        return cls(checkpoint, tokenizer, mesh, dtype, residence, checker)
+        return cls(checkpoint, tokenizer, mesh, dtype, residence, checker, [each.identity for each in loras])
 
     def __call__(
         self,
@@ -242,7 +252,8 @@ class Cosmos3Pipeline:
     def metadata(self, request: ResolvedRequest) -> dict[str, Any]:
         """All that its result depends on, as JSON has it (provenance.py)."""
         quantize, guardrails = self.residence.quantize, safety.name(self.safety_checker)
-        return provenance(request, self.checkpoint, self.mesh, self.dtype, quantize=quantize, guardrails=guardrails)
+        how: dict[str, Any] = {"quantize": quantize, "guardrails": guardrails, "lora": self.lora}
+        return provenance(request, self.checkpoint, self.mesh, self.dtype, **how)
 
     @property
     def _precision(self) -> str | None:
@@ -330,6 +341,14 @@ class Cosmos3Pipeline:
             return np.asarray(latents_sc).T, None
         wave_nc = stage("decode_sound", "sound", lambda sound: np.asarray(decode_sound(sound, latents_sc)))
         return wave_nc.T, self.checkpoint.sound.sampling_rate
+
+
+def load_with(
+    loras: Sequence[Lora], config: TransformerConfig, weights: Weights, part: str, network: Network, *, progress: bool
+) -> Network:
+    """`checkpoint.load`, and files of adapters added to what it gives."""
+    loaded = load(weights, part, network, progress=progress)
+    return merged(loaded, read_adapters(loras, part, network, config))
 
 
 def dtype_on(mesh: Mesh, asked: str | None) -> str:

@@ -1,6 +1,6 @@
 """All that a result depends on, as JSON has it: it is written into the file, and tells whether a file is what is asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,11 +15,18 @@ CIRCUMSTANCES = ("version", "jax", "cfg", "tp", "guardrails", "computed_steps")
 
 
 def provenance(
-    request: ResolvedRequest, checkpoint: Checkpoint, mesh: Mesh, dtype: str, *, quantize: str | None, guardrails: str | None
+    request: ResolvedRequest,
+    checkpoint: Checkpoint,
+    mesh: Mesh,
+    dtype: str,
+    *,
+    quantize: str | None,
+    guardrails: str | None,
+    lora: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Versions, the checkpoint and its revision, the mesh, how it is computed, and every setting of the request."""
+    """Versions, the checkpoint, its revision and adapters, the mesh, how it is computed, and every setting of the request."""
     made_by = {"version": VERSION, "jax": jax.__version__, "checkpoint": checkpoint.name, "revision": checkpoint.revision}
-    how = {**mesh.shape, "dtype": dtype, "quantize": quantize, "guardrails": guardrails}
+    how = {"lora": list(lora) or None, **mesh.shape, "dtype": dtype, "quantize": quantize, "guardrails": guardrails}
     given = {name: value for name, value in (made_by | how).items() if value is not None}
     return given | in_json(request, checkpoint.scheduler)
 

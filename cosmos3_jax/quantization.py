@@ -5,7 +5,6 @@ what makes its largest value 448, and the products are multiplied by both scales
 GPUs from Hopper on multiply twice as fast. They want the contracted axis last in both operands, as it is in ours.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cosmos3_jax.weights import Network, Weight, is_stacked, map_weights
+from cosmos3_jax.weights import Network, Weight, input_dims, is_stacked, map_weights
 
 E4M3 = jnp.float8_e4m3fn
 LARGEST = float(jnp.finfo(E4M3).max)
@@ -27,27 +26,20 @@ class Quantized:
     values: Any  # e4m3
     scale: Any  # float32
 
+    def product(self, letters: str, x: jax.Array) -> jax.Array:
+        """`weights.product`, in FP8."""
+        left, result = letters.split(",")[0], letters.split("->")[1]
+        tokens = quantize(x, tuple(axis for axis, letter in enumerate(left) if letter not in result))
+        y = jnp.einsum(letters, tokens.values, self.values, preferred_element_type=x.dtype).astype(jnp.float32)
+        scale = tokens.scale.reshape(*tokens.scale.shape, *[1] * self.scale.ndim)
+        return (y * scale * self.scale).astype(x.dtype)
+
 
 def quantize(x: jax.Array, axes: int | tuple[int, ...]) -> Quantized:
     """`x` with one scale for all that is contracted, along `axes`."""
     largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axes, keepdims=True)
     scale = jnp.where(largest > SMALLEST, largest / LARGEST, 1)
     return Quantized((x.astype(jnp.float32) / scale).astype(E4M3), jnp.squeeze(scale, axes))
-
-
-def product(letters: str, x: jax.Array, w: Weight) -> jax.Array:
-    """`jnp.einsum(letters, x, w)` in the dtype of `x`, in FP8 if the weight is.
-
-    In `letters`, such as "BGD,NHD->BGNH", what is contracted comes last in both, and the result is what is left of either.
-    """
-    weight = w.get_value()
-    if not isinstance(weight, Quantized):
-        return jnp.einsum(letters, x, weight)
-    left, result = letters.split(",")[0], letters.split("->")[1]
-    tokens = quantize(x, tuple(axis for axis, letter in enumerate(left) if letter not in result))
-    y = jnp.einsum(letters, tokens.values, weight.values, preferred_element_type=x.dtype).astype(jnp.float32)
-    scale = tokens.scale.reshape(*tokens.scale.shape, *[1] * weight.scale.ndim)
-    return (y * scale * weight.scale).astype(x.dtype)
 
 
 def quantized(network: Network) -> Network:
@@ -59,8 +51,9 @@ def _quantized(_: str, w: Weight) -> Any:
     value = w.get_value()
     if not is_stacked(w) or len(w.dims) == 1:
         return value
-    placement, axes = value.sharding, _contracted(w)
-    outputs = [axis for axis in range(len(w.shape)) if axis not in axes]
+    ndim, placement = len(w.shape), value.sharding
+    axes = tuple(range(ndim - len(input_dims(w)), ndim))
+    outputs = [axis for axis in range(ndim) if axis not in axes]
     spec = PartitionSpec(*(placement.spec[axis] for axis in outputs))
     both = Quantized(placement, NamedSharding(placement.mesh, spec))
     if isinstance(value, jax.ShapeDtypeStruct):
@@ -70,9 +63,3 @@ def _quantized(_: str, w: Weight) -> Any:
     jax.block_until_ready(result)
     value.delete()  # so that no more than one weight is there twice
     return result
-
-
-def _contracted(w: Weight) -> tuple[int, ...]:
-    """The trailing axes of a stacked matrix that are its inputs, one axis in the file."""
-    count = next(n for n in range(1, len(w.shape)) if math.prod(w.shape[-n:]) == w.file_shape[-1])
-    return tuple(range(len(w.shape) - count, len(w.shape)))

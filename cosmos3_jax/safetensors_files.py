@@ -1,4 +1,4 @@
-"""Safetensors: the tensors of a folder, read in place, and folders of them written. No other file knows this format.
+"""Safetensors: the tensors of a folder or a file, read in place, and both written. No other file knows this format.
 
 Opening a folder reads the headers alone, and says everything that is wrong with them. A tensor is then a view of its file,
 mapped into memory: nothing is read before it is copied from. Pickle files are never opened, nor anything outside the folder.
@@ -16,8 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from cosmos3_jax.errors import InputError
-from cosmos3_jax.folder import read_json, readable, unique, within, write_json
+from cosmos3_jax.errors import InputError, RunError, first_line
+from cosmos3_jax.folder import beside, read_json, readable, unique, within, write_json
 
 STEM = "diffusion_pytorch_model"  # what diffusers calls the weights of every part
 INDEX = f"{STEM}.safetensors.index.json"
@@ -60,7 +60,7 @@ class TensorFolder:
         listed, total_size = _listing(folder)
         self.unlisted = sorted({file.name for file in folder.glob("*.safetensors")} - set(listed.values())) if listed else []
         for file in sorted(set(listed.values())) if listed else [f"{STEM}.safetensors"]:
-            found = _open(within(folder, folder / file))
+            found, _ = open_file(within(folder, folder / file))
             self.problems += [f"twice: {name} is also in {file}" for name in sorted(self.tensors.keys() & found.keys())]
             if listed:
                 claimed = {name for name, place in listed.items() if place == file}
@@ -112,8 +112,11 @@ def _missing(folder: Path) -> str:
     return f"{folder}: no {STEM}.safetensors and no {INDEX} there{beside}; is the checkpoint complete?"
 
 
-def _open(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file. The library judges its header: sizes, offsets, dtypes, nothing missing at the end."""
+def open_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of one file, and its metadata.
+
+    The library judges the header: sizes, offsets, dtypes, nothing missing at the end. Raises InputError for what it refuses.
+    """
     if not file.is_file():
         raise InputError(f"{file}: missing; is the checkpoint complete?")
     try:
@@ -130,7 +133,7 @@ def _open(file: Path) -> dict[str, Tensor]:
         if name != "__metadata__":
             start, stop = (8 + length + offset for offset in entry["data_offsets"])
             tensors[name] = Tensor(mapped, entry["dtype"], tuple(entry["shape"]), start, stop - start)
-    return tensors
+    return tensors, header.get("__metadata__", {})
 
 
 def in_shards(tensors: Iterable[tuple[str, np.ndarray]], limit: int = SHARD) -> Iterator[dict[str, np.ndarray]]:
@@ -153,7 +156,7 @@ def write_tensors(folder: Path, shards: Iterable[Mapping[str, np.ndarray]]) -> N
     total_size = 0
     for tensors in shards:
         file = folder / f"{STEM}-{len(files) + 1:05d}.safetensors"
-        save_file({name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+        _save(file, tensors, {})
         readable(file)
         files.append((file, list(tensors)))
         total_size += sum(tensor.nbytes for tensor in tensors.values())
@@ -165,3 +168,17 @@ def write_tensors(folder: Path, shards: Iterable[Mapping[str, np.ndarray]]) -> N
         file = file.rename(folder / f"{STEM}-{i + 1:05d}-of-{len(files):05d}.safetensors")
         weight_map |= dict.fromkeys(names, file.name)
     write_json(folder / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+
+def write_file(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes tensors and metadata of any names as one file, there whole or not at all. Raises RunError where that fails."""
+    try:
+        with beside(file) as partial:
+            _save(partial, tensors, metadata)
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a name that no file can have
+        raise RunError(f"{file}: cannot be written ({first_line(error)})") from error
+
+
+def _save(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    save_file(contiguous, file, metadata={"format": "pt", **metadata})

@@ -69,15 +69,51 @@ def plain(
     return Weight(value, dims="", file_shape=file_shape, mean=mean, std=std, float32=float32)
 
 
+def input_dims(w: Weight) -> str:
+    """The trailing letters of a matrix that are its inputs, one axis in the file: "NH" of "DNH"."""
+    count = next(n for n in range(1, len(w.dims)) if math.prod(w.shape[-n:]) == w.file_shape[-1])
+    return w.dims[-count:]
+
+
+def product(letters: str, x: jax.Array, w: Weight) -> jax.Array:
+    """`jnp.einsum(letters, x, w)` in the dtype of `x`.
+
+    In `letters`, such as "BGD,NHD->BGNH", what is contracted comes last in both, and the result is what is left of either.
+    """
+    return product_of_value(letters, x, w.get_value())
+
+
+def product_of_value(letters: str, x: jax.Array, value: Any) -> jax.Array:
+    """`product` with a weight's value: an array, or what has a method `product(letters, x)` of its own."""
+    is_array = isinstance(value, jax.Array | np.ndarray)
+    return jnp.einsum(letters, x, value) if is_array else value.product(letters, x)
+
+
 def map_weights(function: Callable[[str, Weight], Any], tree: nnx.State) -> nnx.State:
     """`tree` with each Weight's value replaced by `function(path, weight)`; a path reads "layers.mlp.up"."""
-    flat = [(path, w.replace(function(_dotted(path), w))) for path, w in nnx.to_flat_state(tree)]
+    flat = [(path, w.replace(function(_dotted(path), w))) for path, w in _flat(tree)]
     return nnx.from_flat_state(flat)
 
 
 def by_path(tree: nnx.State) -> dict[str, Weight]:
     """The weights by their place in the network."""
-    return {_dotted(path): w for path, w in nnx.to_flat_state(tree)}
+    return {_dotted(path): w for path, w in _flat(tree)}
+
+
+def _flat(tree: nnx.State) -> list[tuple[tuple, Weight]]:
+    """The weights and their paths, in the order of these.
+
+    As `nnx.to_flat_state`, which leaves a cycle of references behind: weights would stay until Python looks for those.
+    """
+    nested: list[tuple[tuple, Any]] = [((), tree)]
+    flat: list[tuple[tuple, Weight]] = []
+    while nested:
+        path, value = nested.pop()
+        if isinstance(value, Mapping):
+            nested += [((*path, name), inner) for name, inner in value.items()]
+        else:
+            flat.append((path, value))
+    return sorted(flat, key=lambda pair: pair[0])
 
 
 def _dotted(path: tuple) -> str:

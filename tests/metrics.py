@@ -1,13 +1,25 @@
-"""Random inputs, what a case gives, how it is compared, and what of a long output is recorded."""
+"""Random inputs and weights, what a case gives, how it is compared, and what of a long output is recorded."""
 
+import jax
 import numpy as np
 
 from cosmos3_jax import Cosmos3Pipeline
+from cosmos3_jax.weights import Network, Weight, map_weights
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
     """Standard normal float32 numbers."""
     return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+
+
+def drawn(network: Network) -> Network:
+    """Random weights for an abstract network, the same on every mesh."""
+
+    def draw(path: str, w: Weight) -> jax.Array:
+        x = random(*w.shape, seed=len(path)) * max(w.std, 0.02) + w.mean
+        return jax.device_put(x.astype(w.dtype), w.get_value().sharding)
+
+    return Network(network.graph, map_weights(draw, network.weights))
 
 
 def outputs(pipe: Cosmos3Pipeline, case: dict) -> dict[str, np.ndarray]:

@@ -189,14 +189,16 @@ def test_what_is_given_is_told_by_its_size(flags, name, value):
 def test_where_and_how_it_runs(monkeypatch):
     """The mesh and the dtype reach the pipeline, which is asked for nothing more here."""
 
-    def stop(path, *, mesh, dtype, text_tower, quantize, sound, safety_checker, progress):
-        raise InputError(f"{path.name} {dict(mesh.shape)} {dtype} {text_tower} {quantize} {sound} {safety_checker} {progress}")
+    def stop(path, *, mesh, dtype, text_tower, quantize, lora, sound, safety_checker, progress):
+        how = f"{dtype} {text_tower} {quantize} {lora} {sound} {safety_checker} {progress}"
+        raise InputError(f"{path.name} {dict(mesh.shape)} {how}")
 
     monkeypatch.setattr(generate, "make_mesh", lambda cfg, tp: make_mesh(cfg, tp, jax.devices() * 8))
     monkeypatch.setattr(Cosmos3Pipeline, "from_pretrained", stop)
-    flags = "--cfg 2 --tp 4 --dtype bfloat16 --text-tower drop --quantize fp8 --sound --guardrails --quiet"
-    assert run(*flags.split()).err == "error: tiny {'cfg': 2, 'tp': 4} bfloat16 drop fp8 True True False\n"
-    assert run().err == "error: tiny {'cfg': 1, 'tp': 1} None auto None False None True\n"
+    flags = "--cfg 2 --tp 4 --dtype bfloat16 --text-tower drop --quantize fp8 --lora a:2 --lora b --sound --guardrails --quiet"
+    how = "bfloat16 drop fp8 [('a', 2.0), ('b', 1.0)] True True False"
+    assert run(*flags.split()).err == f"error: tiny {{'cfg': 2, 'tp': 4}} {how}\n"
+    assert run().err == "error: tiny {'cfg': 1, 'tp': 1} None auto None [] False None True\n"
     assert run("--no-guardrails").err.endswith(" False True\n")
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from metrics import errors, random
+from metrics import drawn, errors, random
 from PIL import Image
 
 from cosmos3_jax import Cosmos3Pipeline, InputError, dry_run, generate, make_mesh, models, networks, pipeline
@@ -20,9 +20,9 @@ from cosmos3_jax.axes import sharding
 from cosmos3_jax.config import NANO, TINY, TINY_SOUND, TINY_VAE, WAN_VAE
 from cosmos3_jax.estimate import Job, towers
 from cosmos3_jax.networks import Residence, abstract_networks
-from cosmos3_jax.quantization import E4M3, LARGEST, Quantized, product, quantize, quantized
+from cosmos3_jax.quantization import E4M3, LARGEST, Quantized, quantize, quantized
 from cosmos3_jax.request import Request, resolve
-from cosmos3_jax.weights import Network, Weight, by_path, map_weights, nbytes_on_device
+from cosmos3_jax.weights import Network, Weight, by_path, nbytes_on_device, product
 
 # Every product that the networks write, from their own files.
 SOURCES = [file.read_text() for file in Path(models.__path__[0]).glob("*.py")]
@@ -181,16 +181,6 @@ def test_a_product_is_the_same_on_every_mesh(letters, cfg, tp):
 
 def abstract(family: str = "small", cfg: int = 1, tp: int = 1, dtype: str = "float32") -> networks.Networks:
     return abstract_networks(cases.FAMILIES[family], cases.VAE, make_mesh(cfg, tp), dtype, TINY_SOUND)
-
-
-def drawn(network: Network) -> Network:
-    """Random weights for an abstract network, the same on every mesh."""
-
-    def draw(path: str, w: Weight) -> jax.Array:
-        x = random(*w.shape, seed=len(path)) * max(w.std, 0.02) + w.mean
-        return jax.device_put(x.astype(w.dtype), w.get_value().sharding)
-
-    return Network(network.graph, map_weights(draw, network.weights))
 
 
 def filled_by(given: list[Network]) -> networks.Fill:

@@ -1,5 +1,8 @@
 """Weights: what one declaration says about shape, file, sharding and start; and the audit of a file."""
 
+import gc
+import weakref
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -100,6 +103,21 @@ def test_map_weights_changes_values_alone():
     paths = by_path(map_weights(lambda path, w: path, tree))
     assert {path: w.get_value() for path, w in paths.items()} == {path: path for path in by_path(tree)}
     assert [w.dims for w in paths.values()] == [w.dims for w in by_path(tree).values()]
+
+
+def test_weights_that_nobody_holds_are_gone_at_once():
+    """Looking at them, or making others of them, leaves nothing that Python's collector of cycles would have to find."""
+    gc.collect()
+    gc.disable()
+    try:
+        tree = random_weights(split(Modules(), make_mesh(), jnp.float32).weights)
+        array = weakref.ref(by_path(tree)["layers.q"].get_value())
+        other = map_weights(lambda _, w: w.get_value(), tree)
+        assert array() is not None
+        del tree, other
+        assert array() is None
+    finally:
+        gc.enable()
 
 
 def test_random_weights_depend_on_the_seed_alone(drawn):

@@ -13,8 +13,7 @@ from flax import nnx, struct
 
 from cosmos3_jax.axes import current_mesh, spec
 from cosmos3_jax.config import TransformerConfig
-from cosmos3_jax.quantization import product
-from cosmos3_jax.weights import vector, weight
+from cosmos3_jax.weights import product, vector, weight
 
 SCORE_ROWS = 512  # rows of scores at a time: at 720p 90 MB of them, not 505 GB, and on CPUs what stays in the cache
 

@@ -16,8 +16,7 @@ from cosmos3_jax.axes import constrain
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.latents import Latents
 from cosmos3_jax.models.layers import MLP, RMSNorm, Rotary, TimestepEmbedding, attention, rotate
-from cosmos3_jax.quantization import product
-from cosmos3_jax.weights import stack, vector, weight
+from cosmos3_jax.weights import product, stack, vector, weight
 
 
 @struct.dataclass
