@@ -63,6 +63,7 @@ def test_the_sound_encoder_is_the_published_one():
     assert config == dataclasses.replace(SOUND_TOKENIZER, hop_size=1920, encoder=SoundEncoderConfig())
     assert (config.encoder.channels, config.encoder.samples_per_latent) == (config.dec_out_channels, 1920)
     assert SoundEncoderConfig(input_channels=3, stereo=False).channels == 3
+    assert SoundConfig.from_json({"encoder": {"type": "none"}}) == SOUND_TOKENIZER  # no key of the published files
 
 
 ODD_ENCODERS = [
