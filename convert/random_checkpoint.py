@@ -18,7 +18,7 @@ from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.checkpoint import BUILT_IN
 from cosmos3_jax.config import TINY, TINY_SOUND, TINY_VAE, SoundConfig, TransformerConfig, VAEConfig
 from cosmos3_jax.folder import write_json
-from cosmos3_jax.networks import abstract_networks
+from cosmos3_jax.networks import abstract_networks, abstract_sound_encoder
 from cosmos3_jax.published import file_shapes, names_of, unused_tensors
 from cosmos3_jax.safetensors_files import write_tensors
 
@@ -72,8 +72,8 @@ def write_checkpoint(
 ) -> Path:
     """Fills `folder` with configs, the built-in tokenizer and random weights, the transformer's in `shards` files.
 
-    If the transformer has sound heads, there is a sound tokenizer (its decoder), a small one if none is given. `distilled`
-    makes it a four-step checkpoint.
+    If the transformer has sound heads, there is a sound tokenizer, a small decoder if none is given; one whose config says so
+    has an encoder too. `distilled` makes it a four-step checkpoint.
     """
     random = np.random.RandomState(seed)
     tensors = _random(transformer_shapes(transformer), random, dtype)
@@ -137,9 +137,13 @@ def vae_shapes(config: VAEConfig) -> Shapes:
 
 
 def sound_shapes(config: SoundConfig) -> Shapes:
-    """Every published tensor of a sound tokenizer that is a decoder only."""
+    """Every published tensor of a sound tokenizer: of its decoder, and of the encoder if the config has one."""
     sound = abstract_networks(TINY, TINY_VAE, make_mesh(), "float32", config).by_name()["sound"]
-    return file_shapes(sound, names_of("sound", sound, TINY))
+    shapes = file_shapes(sound, names_of("sound", sound, TINY))
+    if config.encoder is not None:
+        encoder = abstract_sound_encoder(config.encoder, make_mesh())
+        shapes |= file_shapes(encoder, names_of("sound_encoder", encoder, TINY))
+    return shapes
 
 
 def _random(shapes: Shapes, random: np.random.RandomState, dtype: Any) -> dict[str, np.ndarray]:
@@ -157,7 +161,12 @@ def _random(shapes: Shapes, random: np.random.RandomState, dtype: Any) -> dict[s
 
 
 def _magnitude(name: str, shapes: Shapes) -> float:
-    """The length of a convolution's weights for which the sound is loud, follows its latents, and is seldom clipped."""
+    """The length of a convolution's weights for which the sound is loud, follows its latents, and is seldom clipped.
+
+    In the encoder, that for which what comes out is as large as what comes in.
+    """
+    if name.startswith("encoder."):
+        return 1.0
     if "conv_t1" not in name:
         return 0.3 if name == "decoder.conv2.weight_g" else 0.5
     inputs, outputs, kernel = shapes[name[:-1] + "v"]
@@ -208,8 +217,11 @@ def vae_json(config: VAEConfig) -> dict[str, object]:
 
 def sound_json(config: SoundConfig) -> dict[str, object]:
     """sound_tokenizer/config.json."""
-    derived = {"_class_name": "Cosmos3AVAEAudioTokenizer", "model_type": "autoencoder_v2", "encoder_enabled": False}
-    return derived | dataclasses.asdict(config) | {"enc_latent_dim": 2 * config.vocoder_input_dim}
+    about = {"_class_name": "Cosmos3AVAEAudioTokenizer", "model_type": "autoencoder_v2"}
+    decoder = dataclasses.asdict(config)
+    encoder = decoder.pop("encoder")
+    derived = {"encoder_enabled": encoder is not None}
+    return about | derived | decoder | {"enc_latent_dim": 2 * config.vocoder_input_dim} | (encoder or {})
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -26,14 +26,23 @@ from cosmos3_jax.weights import Network, map_weights, nbytes
 BUILT_IN = Path(__file__).parent / "tiny"
 FOLDERS = ("transformer", "vae", "scheduler", "text_tokenizer")
 PIPELINES = ("Cosmos3OmniPipeline", "Cosmos3OmniDiffusersPipeline")  # the second is the name in the first releases
-NAMES = {"und": "text tower", "gen": "generating tower", "vae": "VAE", "sound": "sound decoder"}
+NAMES = {
+    "und": "text tower",
+    "gen": "generating tower",
+    "vae": "VAE",
+    "sound": "sound decoder",
+    "sound_encoder": "sound encoder",
+}
 
 
 class Weights(Protocol):
     """The weights of a folder in either layout."""
 
     def audit(self, networks: Mapping[str, Network]) -> list[str]:
-        """What keeps `networks` ("und", "gen", "vae", "sound") from being read, a line each."""
+        """What keeps `networks` (names as in NAMES) from being read, a line each.
+
+        Raises InputError where the sound encoder is one of them, and there is none.
+        """
 
     def read(self, part: str, network: Network, on_bytes: Callable[[int], object]) -> Iterator[tuple[str, jax.Array]]:
         """Each weight of an abstract network, cast and placed on its devices, one after the other, by its path."""
@@ -61,18 +70,19 @@ class Checkpoint:
     sound: SoundConfig | None = None  # None: there is no sound tokenizer, or it was not asked for
 
     @classmethod
-    def open(cls, path: str | Path, *, weights: bool = True, sound: bool = False) -> Self:
+    def open(cls, path: str | Path, *, weights: bool = True, sound: bool = False, sound_encoder: bool = False) -> Self:
         """Reads the JSON of a folder, or of a Hugging Face repository ("nvidia/Cosmos3-Nano@main"), downloaded first.
 
-        Without `weights`, everything else is downloaded; with `sound`, the sound tokenizer too, if there is one. Raises
-        InputError for a folder that is no such checkpoint.
+        Without `weights`, everything else is downloaded; with `sound`, the sound tokenizer too, if there is one; with
+        `sound_encoder`, which must then be there, also as `sound.encoder`. Raises InputError for a folder that is no such
+        checkpoint.
         """
-        folder = locate(path, weights=weights, sound=sound)
+        folder = locate(path, weights=weights, sound=sound or sound_encoder)
         with _readable(folder):
-            return cls._read(folder, sound=sound)
+            return cls._read(folder, sound=sound or sound_encoder, sound_encoder=sound_encoder)
 
     @classmethod
-    def _read(cls, folder: Path, *, sound: bool) -> Self:
+    def _read(cls, folder: Path, *, sound: bool, sound_encoder: bool) -> Self:
         for name in (*FOLDERS, "sound_tokenizer", "assets"):
             within(folder, folder / name)
         check_files(folder, folder / "text_tokenizer")
@@ -89,12 +99,15 @@ class Checkpoint:
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
         tokenizer = None
         if sound and (folder / "sound_tokenizer").is_dir():
-            tokenizer = SoundConfig.from_json(read_json(folder / "sound_tokenizer" / "config.json"))
+            config = read_json(folder / "sound_tokenizer" / "config.json")
+            tokenizer = SoundConfig.from_json(config, encoder=sound_encoder)
             if transformer.sound_gen and transformer.sound_dim != tokenizer.vocoder_input_dim:
                 raise InputError(
                     f"{folder}: the transformer's sound_dim={transformer.sound_dim} is not the sound tokenizer's "
                     f"vocoder_input_dim={tokenizer.vocoder_input_dim}"
                 )
+        elif sound_encoder:
+            raise InputError(f"{folder}: there is no sound tokenizer, so no sound can be learned from; leave sound out")
         return cls(
             folder,
             transformer,
@@ -132,7 +145,7 @@ class Checkpoint:
         return PublishedWeights(self.folder, self.transformer)
 
     def audited(self, networks: Mapping[str, Network]) -> Weights:
-        """Its weights, of which every tensor was found to fit these abstract networks ("und", "gen", "vae", "sound").
+        """Its weights, of which every tensor was found to fit these abstract networks (names as in NAMES).
 
         Raises InputError with every tensor that is missing, unexpected, misshapen or not of floats; nothing was read by then.
         """
@@ -174,7 +187,7 @@ def locate(path: str | Path, *, weights: bool = True, sound: bool = False) -> Pa
 
 
 def load(weights: Weights, part: str, network: Network, *, progress: bool = False) -> Network:
-    """An abstract network ("und", "gen", "vae" or "sound") filled, with a bar of the bytes if there is `progress` to show."""
+    """An abstract network (`part` is one of NAMES) filled, with a bar of the bytes if there is `progress` to show."""
     total, visible = nbytes(network), progress and is_first()
     with tqdm(total=total, desc=f"load {NAMES[part]}", unit="B", unit_scale=True, disable=not visible) as bar:
         arrays: dict[str, Any] = dict(weights.read(part, network, bar.update))

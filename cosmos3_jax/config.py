@@ -12,7 +12,7 @@ from typing import Any, Self
 from cosmos3_jax.errors import InputError, shown
 
 # of what a hostile file could have us loop over, or fill memory with
-MOST = {"num_hidden_layers": 1000, "num_res_blocks": 100, "sampling_rate": 1e6}
+MOST = {"num_hidden_layers": 1000, "num_res_blocks": 100, "enc_num_blocks": 100, "sampling_rate": 1e6}
 LEAST = {"unified_3d_mrope_temporal_modality_margin": 0}
 
 
@@ -217,8 +217,67 @@ class VAEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SoundEncoderConfig:
+    """What `sound_tokenizer/config.json` says of the encoder; the defaults are the published ones, of Nano and Super."""
+
+    input_channels: int = 1  # twice as many with `stereo`
+    stereo: bool = True
+    normalize_volume: bool = True
+    enc_dim: int = 192
+    enc_num_blocks: int = 2  # before each stride
+    enc_n_fft: int = 64
+    enc_hop_length: int = 16  # samples from one spectrum to the next
+    enc_latent_dim: int = 128  # channels of a sound latent, twice: mean and scale
+    enc_c_mults: tuple[int, ...] = (1, 2, 4)
+    enc_strides: tuple[int, ...] = (4, 5, 6)  # of the input first
+
+    @classmethod
+    def from_json(cls, json: Mapping[str, Any]) -> Self:
+        """Reads `sound_tokenizer/config.json`. Raises InputError for one without an encoder, or with one of another kind."""
+        file = "sound_tokenizer/config.json"
+        if json.get("encoder_enabled", True) is False:
+            raise InputError(f"{file}: encoder_enabled=False, so no sound can be learned from; leave sound out")
+        _require(
+            file,
+            json,
+            use_wav_as_input=True,
+            enc_type="spec_convnext",
+            enc_use_snake=True,
+            bottleneck_type="vae",
+            causal=False,
+            padding_mode="zeros",
+        )
+        if isinstance(json.get("bottleneck"), Mapping):
+            _require(f"{file}: bottleneck", json["bottleneck"], type="vae")
+        config = cls(**_fields(cls, file, json))
+        mults, strides = config.enc_c_mults, config.enc_strides
+        if not mults or min(mults) < 1 or min(strides, default=0) < 2 or len(mults) != len(strides) or len(strides) > 16:
+            raise InputError(
+                f"{file}: enc_c_mults={shown(mults)} should be whole numbers above 0, at most 16 and as many as "
+                f"enc_strides={shown(strides)}, which should be above 1"
+            )
+        if config.enc_n_fft % 2 or config.enc_n_fft < config.enc_hop_length:
+            raise InputError(
+                f"{file}: enc_n_fft={config.enc_n_fft} should be even, and at least enc_hop_length={config.enc_hop_length}"
+            )
+        return config
+
+    @property
+    def channels(self) -> int:
+        """Of the waveform."""
+        return self.input_channels * (2 if self.stereo else 1)
+
+    @property
+    def samples_per_latent(self) -> int:
+        """The samples that become a sound latent."""
+        return self.enc_hop_length * math.prod(self.enc_strides)
+
+
+@dataclasses.dataclass(frozen=True)
 class SoundConfig:
-    """`sound_tokenizer/config.json`, as far as its decoder goes; the defaults are the published ones, of Nano and Super."""
+    """`sound_tokenizer/config.json`; the defaults are the published ones, of Nano and Super, of which generation uses the
+    decoder alone.
+    """
 
     sampling_rate: int = 48000
     vocoder_input_dim: int = 64  # channels of a sound latent
@@ -227,10 +286,14 @@ class SoundConfig:
     dec_strides: tuple[int, ...] = (2, 4, 5, 6, 8)  # of the output first
     dec_out_channels: int = 2
     hop_size: int | None = None  # samples of a sound latent; None: what the strides make
+    encoder: SoundEncoderConfig | None = None  # None: there is none, or it was not asked for
 
     @classmethod
-    def from_json(cls, json: Mapping[str, Any]) -> Self:
-        """Reads `sound_tokenizer/config.json`. Raises InputError for a decoder of another kind than Cosmos3's."""
+    def from_json(cls, json: Mapping[str, Any], *, encoder: bool = False) -> Self:
+        """Reads `sound_tokenizer/config.json`; what it says of its encoder is not looked at unless that is asked for.
+
+        Raises InputError for a decoder, or an encoder, of another kind than Cosmos3's.
+        """
         file = "sound_tokenizer/config.json"
         _require(
             file,
@@ -249,14 +312,27 @@ class SoundConfig:
             latent_std=None,
             quantization_config=None,
         )
-        config = cls(**_fields(cls, file, json))
+        config = cls(**_fields(cls, file, {key: value for key, value in json.items() if key != "encoder"}))
         whole = (*config.dec_c_mults, *config.dec_strides)
         if not whole or min(whole) < 1 or len(config.dec_c_mults) != len(config.dec_strides) or len(config.dec_strides) > 16:
             raise InputError(
                 f"{file}: dec_c_mults={shown(config.dec_c_mults)} should be whole numbers above 0, at most 16 and as many as "
                 f"dec_strides={shown(config.dec_strides)}"
             )
-        return config
+        return config._with_encoder(file, SoundEncoderConfig.from_json(json)) if encoder else config
+
+    def _with_encoder(self, file: str, encoder: SoundEncoderConfig) -> Self:
+        """Raises InputError unless the encoder makes what the decoder takes."""
+        if encoder.enc_latent_dim != 2 * self.vocoder_input_dim:
+            raise InputError(
+                f"{file}: enc_latent_dim={encoder.enc_latent_dim} should be twice vocoder_input_dim={self.vocoder_input_dim}"
+            )
+        if encoder.samples_per_latent != self.samples_per_latent:
+            raise InputError(
+                f"{file}: enc_hop_length={encoder.enc_hop_length} and enc_strides={list(encoder.enc_strides)} make "
+                f"{encoder.samples_per_latent} samples a latent, and the decoder {self.samples_per_latent}; they should agree"
+            )
+        return dataclasses.replace(self, encoder=encoder)
 
     @property
     def samples_per_latent(self) -> int:
@@ -375,3 +451,4 @@ WAN_VAE = VAEConfig()
 TINY_VAE = VAEConfig(base_dim=8, decoder_base_dim=12, z_dim=16, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
 SOUND_TOKENIZER = SoundConfig()
 TINY_SOUND = SoundConfig(vocoder_input_dim=8, dec_dim=4)
+TINY_FULL_SOUND = dataclasses.replace(TINY_SOUND, encoder=SoundEncoderConfig(enc_dim=6, enc_latent_dim=16))

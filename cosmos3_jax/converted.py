@@ -5,7 +5,7 @@
 | cosmos3_jax.json         | what this is, which stores there are, and the dtype, if one was chosen |
 | weights/und, gen, vae    | a store (array_store.py) for each network: its weights by their path, layers stacked |
 | weights/unused           | tensors of the transformer that nothing reads, by published name, so that nothing is lost |
-| weights/sound_tokenizer  | all of the sound tokenizer's, likewise: also its encoder, and both parts of weight norms |
+| weights/sound_tokenizer  | all of the sound tokenizer's, likewise: decoder and encoder, and both parts of weight norms |
 """
 
 import math
@@ -19,14 +19,24 @@ from cosmos3_jax import array_store
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.errors import InputError
 from cosmos3_jax.folder import check_files, read_json, within
-from cosmos3_jax.published import arrange, file_shapes, names_of, scales, sound_encoder, unused_tensors
+from cosmos3_jax.published import (
+    SOUND_PREFIX,
+    arrange,
+    check_sound_encoder,
+    file_shapes,
+    names_of,
+    scales,
+    unused_of_sound,
+    unused_tensors,
+)
 from cosmos3_jax.weights import Index, Network, Weight, audit, by_path, copy, place_weight
 
 MARK = "cosmos3_jax.json"
 FORMAT = 3
 KINDS = ("float32", "float16", "bfloat16")
 STORES = ("und", "gen", "vae", "unused", "sound_tokenizer")
-STORE_OF = {"und": "und", "gen": "gen", "vae": "vae", "sound": "sound_tokenizer"}  # network -> where its arrays are
+# network -> where its arrays are
+STORE_OF = {"und": "und", "gen": "gen", "vae": "vae", "sound": "sound_tokenizer", "sound_encoder": "sound_tokenizer"}
 
 
 class ConvertedWeights:
@@ -67,26 +77,36 @@ class ConvertedWeights:
         return {path: dtype for path, (_, dtype) in self.contents(part).items()}
 
     def audit(self, networks: Mapping[str, Network]) -> list[str]:
-        """What keeps `networks` ("und", "gen", "vae", "sound") from being read, a line each."""
+        """What keeps `networks` ("und", "gen", "vae", "sound", "sound_encoder") from being read, a line each.
+
+        Raises InputError where the sound encoder is asked for and there is none.
+        """
         absent = [part for part in networks if STORE_OF[part] not in self.stores]
         lines = [f"{part}: not in this folder, which was made with --only; convert all of it" for part in absent]
+        wanted: dict[str, dict[str, tuple[int, ...]]] = {}
+        for part, network in networks.items():
+            if part not in absent:
+                wanted.setdefault(STORE_OF[part], {}).update(self._expected(part, network))
         for store in self.stores:  # that all can be read; the sound tokenizer, if it is to be
-            if store != STORE_OF["sound"] or "sound" in networks:
+            if store != STORE_OF["sound"] or store in wanted:
                 self.contents(store)
         strange = self.contents("unused").keys() - unused_tensors(self.config).keys()
         lines += [f"unused: unexpected: {name}" for name in sorted(strange)]
-        for part, network in networks.items():
-            if part in absent:
-                continue
-            found = self.contents(STORE_OF[part])
-            shapes = {name: shape for name, (shape, _) in found.items()}
-            if part == "sound":
-                faults = audit(file_shapes(network, names_of(part, network, self.config)), shapes, sound_encoder(shapes))
-            else:
-                faults = audit({path: w.shape for path, w in _stored(network).items()}, shapes, ())
+        for store, expected in wanted.items():
+            found = self.contents(store)
+            if store == STORE_OF["sound_encoder"] and "sound_encoder" in networks:
+                check_sound_encoder(self.folder, found)
+            unused = unused_of_sound(found, networks) if store == STORE_OF["sound"] else ()
+            faults = audit(expected, {name: shape for name, (shape, _) in found.items()}, unused)
             odd = [f"odd kind: {name} is {dtype}" for name, (_, dtype) in sorted(found.items()) if dtype.name not in KINDS]
-            lines += [f"{STORE_OF[part]}: {line}" for line in faults + odd]
+            lines += [f"{store}: {line}" for line in faults + odd]
         return lines
+
+    def _expected(self, part: str, network: Network) -> dict[str, tuple[int, ...]]:
+        """Shapes by name of what must be stored for a network."""
+        if part in SOUND_PREFIX:
+            return file_shapes(network, names_of(part, network, self.config))
+        return {path: w.shape for path, w in _stored(network).items()}
 
     def read(self, part: str, network: Network, on_bytes: Callable[[int], object]) -> Iterator[tuple[str, jax.Array]]:
         """Each weight of an abstract network, cast and placed on its devices, one after the other, by its path.
@@ -96,7 +116,7 @@ class ConvertedWeights:
         weights = by_path(network.weights)
         for path in weights.keys() - _stored(network).keys():
             yield path, place_weight(weights[path], lambda buffer, index: None)
-        for path, array in self._sound(network) if part == "sound" else self._arrays(part, _stored(network)):
+        for path, array in self._sound(part, network) if part in SOUND_PREFIX else self._arrays(part, _stored(network)):
 
             def fill(buffer: np.ndarray, index: Index, array: np.ndarray = array) -> None:
                 copy(buffer, array[index])
@@ -107,12 +127,12 @@ class ConvertedWeights:
     def _arrays(self, store: str, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         return array_store.read(self.folder / "weights" / store, self.contents(store), names)
 
-    def _sound(self, network: Network) -> Iterator[tuple[str, np.ndarray]]:
-        """The sound decoder's weights by their path, from the published tensors."""
-        weights, names = by_path(network.weights), names_of("sound", network, self.config)
+    def _sound(self, part: str, network: Network) -> Iterator[tuple[str, np.ndarray]]:
+        """The weights of the sound decoder or encoder by their path, from the published tensors."""
+        weights, names = by_path(network.weights), names_of(part, network, self.config)
         path_of = {name: path for path, listed in names.items() for name in listed}
         waiting: dict[str, np.ndarray] = {}
-        for name, array in self._arrays(STORE_OF["sound"], sorted(path_of)):
+        for name, array in self._arrays(STORE_OF[part], sorted(path_of)):
             waiting[name] = array
             path = path_of[name]
             if all(each in waiting for each in names[path]):

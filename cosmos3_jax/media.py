@@ -1,4 +1,4 @@
-"""Images and clips from files to arrays of the size that is asked for.
+"""Images, clips and sounds from files to arrays of the size that is asked for.
 
 Conditioning images are prepared as diffusers 0.42.1 does it, to the bit: one uint8 that rounds the other way moves the latents
 more than all our other float32 differences.
@@ -29,6 +29,7 @@ MAX_PIXELS = 100_000_000  # of an image that is read, and of a frame
 # some follow playlists, to files elsewhere or that never end.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
 CLIP_FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,flv,ogg,asf"
+SOUND_FORMATS = f"{CLIP_FORMATS},wav,mp3,flac"
 TURNS = "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"
 UPRIGHT = {orientation: Image.Transpose[turn] for orientation, turn in enumerate(TURNS, 2)}  # EXIF's orientations
 PILLOW = threading.RLock()  # for what Pillow and `warnings` have once in a process
@@ -57,6 +58,36 @@ def open_clip(path: str | Path, count: int, keep: str = "first", fps: float | No
             return list(itertools.islice(frames, count) if keep == "first" else collections.deque(frames, count))
     except OSError as error:
         raise InputError(f"video {path}: not a readable video; MP4 with H.264 is expected ({error})") from error
+
+
+def open_sound(path: str | Path, sample_rate: int, channels: int, samples: int) -> np.ndarray:
+    """The first `samples` of the sound in a file, a video's too: float32 [channels, samples], silent where there is no more.
+
+    It begins where the file does, so that it fits the frames of a video whose sound sets in later. One channel goes into all,
+    and if there are others than those asked for, all get the mean. Raises InputError for a file without a sound.
+    """
+    _check_file("sound", path)
+    # async: silence before a sound that sets in later, and where samples are missing. More than two channels are mixed to two.
+    filters = f"aresample={sample_rate}:async=1:first_pts=0,aformat=channel_layouts=mono|stereo,atrim=end_sample={samples}"
+    reading = ("-format_whitelist", SOUND_FORMATS, "-i", f"file:{path}", "-map", "0:a:0", "-af", filters)
+    try:
+        wave_cn = _samples(ffmpeg.run(*reading, "-c:a", "pcm_f32be", "-f", "au", "-"))
+    except OSError as error:
+        expected = "WAV, MP3, or MP4 with a soundtrack is expected"
+        raise InputError(f"sound {path}: not a readable sound; {expected} ({error})") from error
+    if not np.isfinite(wave_cn).all():
+        raise InputError(f"sound {path}: has values that are no numbers")
+    if len(wave_cn) != channels:
+        wave_cn = wave_cn.mean(axis=0, keepdims=True).repeat(channels, axis=0)
+    return np.pad(wave_cn, ((0, 0), (0, samples - wave_cn.shape[1])))
+
+
+def _samples(au: bytes) -> np.ndarray:
+    """float32 [channels, samples] of a sound in Sun's AU, whose header tells the channels. Raises OSError for none."""
+    start, channels = (int.from_bytes(au[at : at + 4], "big") for at in (4, 20))
+    if len(au) <= max(start, 24):
+        raise OSError("it has no samples")
+    return np.frombuffer(au, ">f4", offset=start).reshape(-1, channels).T.astype(np.float32)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

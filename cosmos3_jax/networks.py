@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from cosmos3_jax.config import SoundConfig, TransformerConfig, VAEConfig
+from cosmos3_jax.config import SoundConfig, SoundEncoderConfig, TransformerConfig, VAEConfig
 from cosmos3_jax.errors import InputError
 from cosmos3_jax.models.sound import SoundDecoder
+from cosmos3_jax.models.sound_encoder import SoundEncoder
 from cosmos3_jax.models.transformer import GenTower, UndTower
 from cosmos3_jax.models.vae import VAE
 from cosmos3_jax.quantization import quantized
@@ -51,6 +52,11 @@ def abstract_networks(
     """The networks with shapes for weights: nothing is allocated. The sound decoder's are float32 whatever the `dtype`."""
     modules = [UndTower(transformer), GenTower(transformer), VAE(vae), *([SoundDecoder(sound)] if sound else [])]
     return Networks(*(split(module, mesh, jnp.dtype(dtype)) for module in modules))
+
+
+def abstract_sound_encoder(config: SoundEncoderConfig, mesh: Mesh) -> Network:
+    """The sound encoder likewise: "sound_encoder" where weights are audited and loaded. Only training needs it."""
+    return split(SoundEncoder(config), mesh, jnp.float32)
 
 
 def device_memory(mesh: Mesh) -> int | None:

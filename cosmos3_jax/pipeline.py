@@ -74,6 +74,13 @@ def decode_sound(sound: Network, latents_sc: Any) -> jax.Array:
         return sound.merge().decode(latents_sc)
 
 
+@jax.jit
+def encode_sound(encoder: Network, wave_nc: Any) -> jax.Array:
+    """`SoundEncoder.encode`, compiled. To generate it is not needed."""
+    with jax.default_matmul_precision("highest"):
+        return encoder.merge().encode(wave_nc)
+
+
 def velocity(inputs: tuple[Network, Rotary, Prefix], x: Latents, timestep: Any, is_given_t: Any) -> Latents:
     """`GenTower.velocity`, as the sampler calls it."""
     gen, rotary, prefix = inputs

@@ -22,7 +22,13 @@ from cosmos3_jax.safetensors_files import DTYPES, Tensor, TensorFolder
 from cosmos3_jax.weights import Index, Network, Weight, audit, by_path, copy, is_stacked, place_weight
 
 # network -> where its tensors are
-FOLDER_OF = {"und": "transformer", "gen": "transformer", "vae": "vae", "sound": "sound_tokenizer"}
+FOLDER_OF = {
+    "und": "transformer",
+    "gen": "transformer",
+    "vae": "vae",
+    "sound": "sound_tokenizer",
+    "sound_encoder": "sound_tokenizer",
+}
 OLD = re.compile(r"^(transformer|model|language_model)\.|vae2llm|llm2vae|action2llm|llm2action|sound2llm|llm2sound")
 BLOCK = 1 << 26  # bytes that one thread copies at a time
 
@@ -71,6 +77,9 @@ GEN_NAMES = {
 }
 # Part of a path in the VAE -> part of the name in the file; everything else is called as in the file.
 VAE_NAMES = {"sampler.conv.": "sampler.resample.1."}
+NORMED = re.compile(r"layers\.\d+\.weight$")  # of the sound encoder's convolutions, those with a weight norm
+# Where the tensors of each network begin in a sound tokenizer.
+SOUND_PREFIX = {"sound": "decoder.", "sound_encoder": "encoder."}
 
 
 def file_names(table: Mapping[str, str], tower: Network, num_layers: int) -> dict[str, list[str]]:
@@ -97,6 +106,15 @@ def sound_file_names(decoder: Network) -> dict[str, list[str]]:
     return {path: [f"{name}_v", f"{name}_g"] if path.endswith(".weight") else [name] for path, name in names.items()}
 
 
+def sound_encoder_file_names(encoder: Network) -> dict[str, list[str]]:
+    """Likewise of the sound encoder; inside its blocks no convolution has a weight norm."""
+    names = {}
+    for path in by_path(encoder.weights):
+        name = f"encoder.{path.replace('dwconv.', 'dwconv.1.')}"
+        names[path] = [f"{name}_v", f"{name}_g"] if NORMED.match(path) else [name]
+    return names
+
+
 def unused_tensors(config: TransformerConfig) -> dict[str, str]:
     """Published tensors of the transformer that generation does not need: name -> reason."""
     last = f"layers.{config.num_hidden_layers - 1}."
@@ -113,15 +131,26 @@ def unused_tensors(config: TransformerConfig) -> dict[str, str]:
     }
 
 
-def sound_encoder(names: Iterable[str]) -> list[str]:
-    """Those tensors of a sound tokenizer that generation does not need; some files have them, some do not."""
-    return [name for name in names if name.startswith("encoder.")]
+def unused_of_sound(names: Iterable[str], parts: Collection[str]) -> list[str]:
+    """Those tensors of a sound tokenizer that belong to a network which is not among `parts` ("sound", "sound_encoder").
+
+    Some files have an encoder, some do not.
+    """
+    prefixes = tuple(prefix for part, prefix in SOUND_PREFIX.items() if part not in parts)
+    return [name for name in names if name.startswith(prefixes)]
+
+
+def check_sound_encoder(folder: Path, names: Iterable[str]) -> None:
+    """Raises InputError for a sound tokenizer that is a decoder only."""
+    if not any(name.startswith(SOUND_PREFIX["sound_encoder"]) for name in names):
+        raise InputError(f"{folder}: its sound tokenizer has no encoder, so no sound can be learned from; leave sound out")
 
 
 def names_of(part: str, network: Network, config: TransformerConfig) -> dict[str, list[str]]:
-    """The tensors in the file of each weight of "und", "gen", "vae" or "sound"."""
-    if part in ("vae", "sound"):
-        return (vae_file_names if part == "vae" else sound_file_names)(network)
+    """The tensors in the file of each weight of "und", "gen", "vae", "sound" or "sound_encoder"."""
+    alone = {"vae": vae_file_names, "sound": sound_file_names, "sound_encoder": sound_encoder_file_names}
+    if part in alone:
+        return alone[part](network)
     return file_names(UND_NAMES if part == "und" else GEN_NAMES, network, config.num_hidden_layers)
 
 
@@ -147,16 +176,18 @@ class PublishedWeights:
         return self._opened[name]
 
     def audit(self, networks: Mapping[str, Network]) -> list[str]:
-        """What keeps `networks` ("und", "gen", "vae", "sound") from being read, a line each.
+        """What keeps `networks` ("und", "gen", "vae", "sound", "sound_encoder") from being read, a line each.
 
-        Raises InputError for an older layout.
+        Raises InputError for an older layout, and where the sound encoder is asked for and there is none.
         """
         lines = []
         for name in sorted({FOLDER_OF[part] for part in networks}):
             files = self._files(name)
             unused: Collection[str] = unused_tensors(self.config) if name == "transformer" else ()
             if name == "sound_tokenizer":
-                unused = sound_encoder(files.tensors)
+                unused = unused_of_sound(files.tensors, networks)
+                if "sound_encoder" in networks:
+                    check_sound_encoder(self.folder, files.tensors)
             expected: dict[str, tuple[int, ...]] = {}
             for part, network in networks.items():
                 if FOLDER_OF[part] == name:

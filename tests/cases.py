@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
-from cosmos3_jax.config import TINY, TINY_SOUND, TINY_VAE
+from cosmos3_jax.config import TINY, TINY_FULL_SOUND, TINY_SOUND, TINY_VAE
 
 # small: as many key/value heads as query heads; wide: grouped-query attention as in Nano; edge: the Edge family
 FAMILIES = {
@@ -76,6 +76,8 @@ SOUND_CASES = {
 }
 CASES |= SOUND_CASES
 SOUND_LENGTHS = (1, 7, 200)  # latents that the sound decoder is tried on
+FULL_SOUND = TINY_FULL_SOUND  # of the checkpoint "full_sound", which is "small" with a sound encoder
+WAVE_LENGTHS = (1, 1920, 5000, 48_000)  # samples that it is tried on; a latent is 1,920
 # A four-step checkpoint has its own noise levels and no guidance; this one counts its frames in sixteenths, as I2V-4Step does.
 DISTILLED = dataclasses.replace(FAMILIES["wide"], base_fps=16.0, sound_gen=False, sound_dim=None)
 DISTILLED_BASE = {name: BASE[name] for name in ("prompt", "num_frames", "height", "width", "seed", "prompt_style")}
@@ -125,6 +127,16 @@ def block_inputs(channels: int, frames: int) -> np.ndarray:
 def sound_latents(length: int) -> np.ndarray:
     """Random sound latents [length, channels]."""
     return np.random.RandomState(17).standard_normal((length, TINY_SOUND.vocoder_input_dim)).astype(np.float32)
+
+
+def wave(length: int) -> np.ndarray:
+    """A random waveform [length, 2], seldom beyond [-1, 1]."""
+    return (0.3 * np.random.RandomState(19).standard_normal((length, 2))).astype(np.float32)
+
+
+def spectra(channels: int) -> np.ndarray:
+    """Random input of one layer of the sound encoder, [12, channels]."""
+    return np.random.RandomState(23).standard_normal((12, channels)).astype(np.float32)
 
 
 def outputs_of(case: str) -> tuple[str, ...]:

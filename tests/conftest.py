@@ -31,14 +31,15 @@ def data() -> Path:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """`folders(family)`: a checkpoint folder of a small family, or "distilled", float32, written on first use."""
+    """`folders(family)`: a checkpoint folder of a small family, "distilled" or "full_sound", float32, written on first use."""
     made = {}
 
     def folder(family: str) -> Path:
         if family not in made:
             path = tmp_path_factory.mktemp(family)
-            config = cases.DISTILLED if family == "distilled" else cases.FAMILIES[family]
-            made[family] = write_checkpoint(path, config, cases.VAE, distilled=family == "distilled")
+            others = {"distilled": cases.DISTILLED, "full_sound": cases.FAMILIES["small"]}
+            config, sound = (cases.FAMILIES | others)[family], cases.FULL_SOUND if family == "full_sound" else None
+            made[family] = write_checkpoint(path, config, cases.VAE, sound, distilled=family == "distilled")
         return made[family]
 
     return folder

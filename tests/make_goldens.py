@@ -33,6 +33,8 @@ class Live:
             return reference.fitted(cases.IMAGE, cases.CLIP[:1], cases.SIZES)
         if name == "sound":
             return reference.sounds(_load(self.folders("small")))
+        if name == "sound_encoder":
+            return reference.heard(self.folders("full_sound"))
         return Family(self.folders(name))
 
 
@@ -90,9 +92,10 @@ def main() -> None:
         live = Live(folder)
         files = {family: {key: live(family)[key] for key in keys()} for family in cases.FAMILIES}
         write_checkpoint(folder("distilled"), cases.DISTILLED, cases.VAE, distilled=True)
+        write_checkpoint(folder("full_sound"), cases.FAMILIES["small"], cases.VAE, cases.FULL_SOUND)
         distilled = [f"{case}.{output}" for case in cases.DISTILLED_CASES for output in ("latents", "video")]
         files |= {"distilled": {key: live("distilled")[key] for key in distilled}}
-        files |= {name: live(name) for name in ("vae", "media", "sound")}
+        files |= {name: live(name) for name in ("vae", "media", "sound", "sound_encoder")}
     for name, arrays in files.items():
         np.savez_compressed(GOLDENS / f"{name}.npz", versions=np.array(json.dumps(reference.VERSIONS)), **arrays)
 

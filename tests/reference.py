@@ -205,6 +205,35 @@ def sounds(pipe: Cosmos3OmniPipeline) -> dict[str, np.ndarray]:
     return outputs
 
 
+def sound_tokenizer(folder: Path) -> Any:
+    """The sound tokenizer of a checkpoint folder alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return diffusers.Cosmos3AVAEAudioTokenizer.from_pretrained(folder / "sound_tokenizer").eval()
+
+
+def latents_of(tokenizer: Any, wave_nc: np.ndarray) -> np.ndarray:
+    """The mode of a waveform's latents, [s, c]."""
+    with torch.inference_mode():
+        return tokenizer.encode(torch.from_numpy(wave_nc.T[None])).latent_dist.mode()[0].numpy().T
+
+
+def heard(folder: Path) -> dict[str, np.ndarray]:
+    """The sound encoder: latents [s, c] of waveforms of each length, one's spectra, and each layer alone, [n, channels]."""
+    tokenizer = sound_tokenizer(folder)
+    outputs = {str(length): latents_of(tokenizer, cases.wave(length)) for length in cases.WAVE_LENGTHS}
+    with torch.inference_mode():
+        seen = []
+        hook = tokenizer.encoder.layers.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        tokenizer.encoder(torch.from_numpy(cases.wave(48_000)[:1920].T[None]))
+        hook.remove()
+        outputs["spectra"] = seen[0][0].numpy().T[:5]
+        for i, layer in enumerate(tokenizer.encoder.layers):
+            channels = layer.dwconv[1].in_channels if hasattr(layer, "dwconv") else layer.in_channels
+            outputs[f"layers.{i}"] = layer(torch.from_numpy(cases.spectra(channels).T[None]))[0].numpy().T
+    return outputs
+
+
 def fitted(image: Any, clip: Any, sizes: list[tuple[int, int]]) -> dict[str, np.ndarray]:
     """The reference's preparation of an image and of a clip at several sizes, [t, h, w, 3] in [-1, 1]."""
     processor = diffusers.video_processor.VideoProcessor(vae_scale_factor=16, resample="bilinear")

@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 from convert.random_checkpoint import write_checkpoint
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.checkpoint import Checkpoint, load, locate
-from cosmos3_jax.config import TINY, TINY_SOUND, TINY_VAE, UNIPC
+from cosmos3_jax.config import TINY, TINY_FULL_SOUND, TINY_SOUND, TINY_VAE, UNIPC
 from cosmos3_jax.errors import InputError
-from cosmos3_jax.networks import abstract_networks
+from cosmos3_jax.networks import abstract_networks, abstract_sound_encoder
 from cosmos3_jax.published import unused_tensors
 from cosmos3_jax.safetensors_files import Tensor
 from cosmos3_jax.weights import by_path
@@ -48,6 +48,23 @@ def weights(folder, dtype: str = "float32", *, sound: bool = True) -> dict[str, 
     source = checkpoint.audited(networks)
     loaded = {part: load(source, part, network) for part, network in networks.items()}
     return {f"{part} {path}": np.asarray(w) for part, network in loaded.items() for path, w in by_path(network.weights).items()}
+
+
+@pytest.fixture
+def full(tmp_path):
+    """A checkpoint to damage, whose sound tokenizer has an encoder."""
+    return write_checkpoint(tmp_path / "full", CONFIG, sound=TINY_FULL_SOUND)
+
+
+def encoder_weights(folder, *, with_decoder: bool = False) -> dict[str, np.ndarray]:
+    """Every weight of the sound encoder by its path, audited alone or with the decoder."""
+    checkpoint = Checkpoint.open(folder, sound_encoder=True)
+    networks = {"sound_encoder": abstract_sound_encoder(checkpoint.sound.encoder, make_mesh())}
+    if with_decoder:
+        sound = abstract_networks(checkpoint.transformer, checkpoint.vae, make_mesh(), "float32", checkpoint.sound).sound
+        networks["sound"] = sound
+    encoder = load(checkpoint.audited(networks), "sound_encoder", networks["sound_encoder"])
+    return {path: np.asarray(w) for path, w in by_path(encoder.weights).items()}
 
 
 def edit(folder, part: str, change) -> None:
@@ -174,6 +191,76 @@ def test_the_sound_tokenizers_encoder_is_passed_over(folder):
     more = {"encoder.layers.0.weight_v": np.ones((3, 4, 1), np.float32), "encoder.out.bias": np.full(5, np.nan, np.float32)}
     edit(folder, "sound_tokenizer", lambda tensors: tensors | more)
     assert_equal(weights(folder), loaded)
+
+
+# The sound encoder
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+def test_the_sound_encoder_is_read(full, stored):
+    """Of its convolutions, those between the blocks are stored as directions and lengths, the blocks' own are not."""
+    edit(full, "sound_tokenizer", lambda tensors: {name: tensor.astype(stored) for name, tensor in tensors.items()})
+    found, used = load_file(full / "sound_tokenizer" / FILE), encoder_weights(full, with_decoder=True)
+    normed = 0
+    for path, value in used.items():
+        name = f"encoder.{path}".replace("dwconv", "dwconv.1")
+        if name in found:
+            expected = found[name].astype(np.float64)
+        else:
+            v, g = (found[f"{name}_{part}"].astype(np.float64) for part in "vg")
+            expected, normed = v * g / np.sqrt((v**2).sum(axis=(1, 2), keepdims=True)), normed + 1
+        if path.endswith((".alpha", ".beta")):
+            expected = expected.reshape(-1)
+        assert value.dtype == np.float32
+        np.testing.assert_allclose(value, expected.T.reshape(value.shape), rtol=1e-6, err_msg=path)  # float32 rounding
+    assert normed == 5  # both ends, and a stride after each pair of blocks
+    assert len(used) + normed == len([name for name in found if name.startswith("encoder.")])
+
+
+def test_to_read_the_sound_encoder_no_decoder_is_needed(full):
+    expected = encoder_weights(full)
+    edit(full, "sound_tokenizer", lambda tensors: {name: x for name, x in tensors.items() if name.startswith("encoder.")})
+    assert_equal(encoder_weights(full), expected)
+    with pytest.raises(InputError, match=r"faults in the tensors\n  sound_tokenizer: missing: decoder\.block\.0"):
+        encoder_weights(full, with_decoder=True)
+
+
+def test_a_checkpoint_with_a_sound_encoder_generates_as_one_without(full, pristine):
+    assert Checkpoint.open(full, sound=True).sound == TINY_SOUND
+    assert_equal(weights(full), weights(pristine))
+
+
+def test_faults_of_the_sound_encoder_are_told_at_once(full):
+    def damage(tensors):
+        tensors["encoder.stray"] = np.zeros((2, 3), np.float32)
+        tensors["encoder.layers.3.weight_g"] = tensors["encoder.layers.3.weight_g"][:-1]
+        del tensors["encoder.layers.1.norm.weight"]
+        return tensors
+
+    edit(full, "sound_tokenizer", damage)
+    with pytest.raises(InputError) as caught:
+        encoder_weights(full)
+    assert str(caught.value).splitlines() == [
+        f"{full}: 3 faults in the tensors",
+        "  sound_tokenizer: missing: encoder.layers.1.norm.weight [6]",
+        "  sound_tokenizer: unexpected: encoder.stray [2, 3]",
+        "  sound_tokenizer: misshapen: encoder.layers.3.weight_g is [11, 1, 1], expected [12, 1, 1]",
+    ]
+
+
+def test_a_sound_tokenizer_without_an_encoder_says_so(full, pristine, tmp_path):
+    """By its config or by its tensors; published ones leave it to their tensors."""
+    rest = "no sound can be learned from; leave sound out$"
+    with pytest.raises(InputError, match=f"^sound_tokenizer/config.json: encoder_enabled=False, so {rest}"):
+        encoder_weights(pristine)
+    edit(full, "sound_tokenizer", lambda tensors: {name: x for name, x in tensors.items() if name.startswith("decoder.")})
+    for with_decoder in (False, True):
+        with pytest.raises(InputError, match=f"^{full}: its sound tokenizer has no encoder, so {rest}"):
+            encoder_weights(full, with_decoder=with_decoder)
+    weights(full)
+    silent = write_checkpoint(tmp_path / "silent", SILENT)
+    with pytest.raises(InputError, match=f"^{silent}: there is no sound tokenizer, so {rest}"):
+        encoder_weights(silent)
 
 
 # What the folder says of itself

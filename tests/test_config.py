@@ -20,6 +20,7 @@ from cosmos3_jax.config import (
     InputError,
     SchedulerConfig,
     SoundConfig,
+    SoundEncoderConfig,
     TransformerConfig,
     VAEConfig,
 )
@@ -55,6 +56,52 @@ def test_the_sound_tokenizer_is_the_published_one():
     for model in (NANO, SUPER):
         assert model.sound_gen
         assert (model.sound_dim, model.sound_latent_fps) == (config.vocoder_input_dim, config.sampling_rate / 1920)
+
+
+def test_the_sound_encoder_is_the_published_one():
+    config = SoundConfig.from_json(PUBLISHED["nano_sound_tokenizer"], encoder=True)
+    assert config == dataclasses.replace(SOUND_TOKENIZER, hop_size=1920, encoder=SoundEncoderConfig())
+    assert (config.encoder.channels, config.encoder.samples_per_latent) == (config.dec_out_channels, 1920)
+    assert SoundEncoderConfig(input_channels=3, stereo=False).channels == 3
+    assert SoundConfig.from_json({"encoder": {"type": "none"}}) == SOUND_TOKENIZER  # no key of the published files
+
+
+ODD_ENCODERS = [
+    ({"encoder_enabled": False}, "encoder_enabled=False, so no sound can be learned from; leave sound out"),
+    ({"use_wav_as_input": False}, "use_wav_as_input=False is not supported; only True is"),
+    ({"enc_type": "oobleck"}, "enc_type='oobleck' is not supported; only 'spec_convnext' is"),
+    ({"enc_use_snake": False}, "enc_use_snake=False is not supported; only True is"),
+    ({"bottleneck_type": "fsq"}, "bottleneck_type='fsq' is not supported; only 'vae' is"),
+    ({"bottleneck": {"type": "fsq"}}, "bottleneck: type='fsq' is not supported; only 'vae' is"),
+    ({"causal": True}, "causal=True is not supported; only False is"),
+    ({"padding_mode": "reflect"}, "padding_mode='reflect' is not supported; only 'zeros' is"),
+    ({"stereo": 2}, "stereo=2 is not of the type of True"),
+    ({"enc_dim": 0}, "enc_dim=0 should be above 0 and at most 1000000000"),
+    ({"enc_num_blocks": 101}, "enc_num_blocks=101 should be above 0 and at most 100"),
+    (
+        {"enc_c_mults": [1, 2]},
+        "enc_c_mults=(1, 2) should be whole numbers above 0, at most 16 and as many as enc_strides=(4, 5, 6),",
+    ),
+    ({"enc_strides": []}, "enc_c_mults=(1, 2, 4) should be .* as many as enc_strides=(),"),
+    ({"enc_strides": [4, 5, 1]}, "enc_c_mults=(1, 2, 4) should be .* enc_strides=(4, 5, 1), which should be above 1"),
+    ({"enc_c_mults": [1] * 17, "enc_strides": [2] * 17}, "enc_c_mults=.* should be whole numbers above 0, at most 16"),
+    ({"enc_n_fft": 65}, "enc_n_fft=65 should be even, and at least enc_hop_length=16"),
+    ({"enc_n_fft": 14}, "enc_n_fft=14 should be even, and at least enc_hop_length=16"),
+    ({"enc_latent_dim": 64}, "enc_latent_dim=64 should be twice vocoder_input_dim=64"),
+    (
+        {"enc_strides": [4, 5, 5]},
+        "enc_hop_length=16 and enc_strides=[4, 5, 5] make 1600 samples a latent, and the decoder 1920; they should agree",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), ODD_ENCODERS, ids=str)
+def test_what_a_sound_encoder_cannot_be_matters_only_where_one_is_asked_for(changes, words):
+    json_ = PUBLISHED["nano_sound_tokenizer"] | changes
+    pattern = "^sound_tokenizer/config.json: " + re.escape(words).replace(r"\.\*", ".*")
+    with pytest.raises(InputError, match=pattern):
+        SoundConfig.from_json(json_, encoder=True)
+    assert SoundConfig.from_json(json_) == dataclasses.replace(SOUND_TOKENIZER, hop_size=1920)
 
 
 def test_a_sound_latent_stands_for_what_its_strides_make_unless_it_says_otherwise():

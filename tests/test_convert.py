@@ -20,8 +20,10 @@ from safetensors.numpy import load_file, save_file
 from convert.__main__ import main
 from convert.random_checkpoint import sound_shapes, write_checkpoint
 from cosmos3_jax import Cosmos3Pipeline, InputError, array_store, conversion, make_mesh
-from cosmos3_jax.config import TINY_SOUND
+from cosmos3_jax.checkpoint import Checkpoint, load
+from cosmos3_jax.config import TINY_FULL_SOUND, TINY_SOUND
 from cosmos3_jax.converted import FORMAT, MARK
+from cosmos3_jax.networks import abstract_networks, abstract_sound_encoder
 from cosmos3_jax.safetensors_files import in_shards, write_tensors
 from cosmos3_jax.weights import by_path
 
@@ -42,11 +44,15 @@ NETWORKS = ("und", "gen", "vae")  # and "sound", where there is a sound tokenize
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """`published(family)`: a folder as it is published; its sound tokenizer has an encoder too where there are all heads."""
+    """`published(family)`: a folder as it is published; its sound tokenizer has an encoder too where there are all heads.
+
+    Of those, no tensor is one that this project knows; "full sound" has an encoder that can be read.
+    """
 
     @functools.cache
     def folder(family: str) -> Path:
-        path = write_checkpoint(tmp_path_factory.mktemp("published") / family.replace(" ", "_"), FAMILIES[family], cases.VAE)
+        config, sound = FAMILIES.get(family, SMALL), TINY_FULL_SOUND if family == "full sound" else None
+        path = write_checkpoint(tmp_path_factory.mktemp("published") / family.replace(" ", "_"), config, cases.VAE, sound)
         if family == "heads":
             in_sound_tokenizer(path, lambda tensors: tensors | ENCODER)
         return path
@@ -100,6 +106,16 @@ def weights(folder: Path, cfg: int = 1, tp: int = 1, dtype: str = "float32") -> 
     pipe = Cosmos3Pipeline.from_pretrained(folder, mesh=make_mesh(cfg, tp), dtype=dtype, progress=False)
     parts = {part: pipe.residence.bring(part) for part in pipe.residence.abstract}
     return {f"{part} {path}": w.get_value() for part, network in parts.items() for path, w in by_path(network.weights).items()}
+
+
+def encoder_weights(folder: Path, cfg: int = 1, tp: int = 1, *, with_decoder: bool = False) -> dict[str, np.ndarray]:
+    """Every weight of the sound encoder on its devices, audited alone or with the decoder."""
+    checkpoint, mesh = Checkpoint.open(folder, sound_encoder=True), make_mesh(cfg, tp)
+    networks = {"sound_encoder": abstract_sound_encoder(checkpoint.sound.encoder, mesh)}
+    if with_decoder:
+        networks["sound"] = abstract_networks(SMALL, checkpoint.vae, mesh, "bfloat16", checkpoint.sound).sound
+    encoder = load(checkpoint.audited(networks), "sound_encoder", networks["sound_encoder"])
+    return {path: w.get_value() for path, w in by_path(encoder.weights).items()}
 
 
 def tensors(folder: Path, part: str = "*") -> dict[str, np.ndarray]:
@@ -214,6 +230,57 @@ def test_weight_norms_are_folded(layout, stored, shards, expected, published, ru
         np.testing.assert_allclose(found[path], exact, rtol=1e-6, err_msg=path)  # a norm, a quotient and a product in float32
     for path in found.keys() - folded:
         np.testing.assert_array_equal(found[path], kept[f"decoder.{path}"].astype(np.float32).reshape(-1), err_msg=path)
+
+
+@pytest.mark.parametrize(("cfg", "tp"), MESHES)
+def test_the_sound_encoder_is_that_of_the_published_folder(cfg, tp, published, converted):
+    expected = encoder_weights(published("full sound"), cfg, tp)
+    assert {w.dtype for w in expected.values()} == {jnp.dtype("float32")}
+    for with_decoder in (False, True):
+        assert_equal(encoder_weights(converted("full sound"), cfg, tp, with_decoder=with_decoder), expected)
+
+
+def test_the_sound_encoder_comes_back_whatever_the_others_become(published, run, tmp_path):
+    assert run(published("full sound"), tmp_path / "dst", "--dtype", "bfloat16", "--verify")[0] == 0
+    assert run(tmp_path / "dst", "--to-safetensors", tmp_path / "back")[0] == 0
+    assert_equal(tensors(tmp_path / "back", "sound_tokenizer"), tensors(published("full sound"), "sound_tokenizer"))
+    assert_equal(encoder_weights(tmp_path / "back"), encoder_weights(published("full sound")))
+
+
+def test_a_converted_folder_without_the_sound_encoder_says_so(published, converted, run, tmp_path):
+    rest = "so no sound can be learned from; leave sound out$"
+    with pytest.raises(InputError, match=f"encoder_enabled=False, {rest}"):
+        encoder_weights(converted("small"))
+    folder = shutil.copytree(converted("full sound"), tmp_path / "full")
+    rewrite(folder / "weights" / "sound_tokenizer", without(*(sound_shapes(TINY_FULL_SOUND).keys() - DECODER.keys())))
+    for with_decoder in (False, True):
+        with pytest.raises(InputError, match=f"^{folder}: its sound tokenizer has no encoder, {rest}"):
+            encoder_weights(folder, with_decoder=with_decoder)
+    assert run(published("full sound"), tmp_path / "vae", "--only", "vae")[0] == 0
+    for path in ("transformer/config.json", "sound_tokenizer/config.json"):
+        (tmp_path / "vae" / path).parent.mkdir(exist_ok=True)
+        shutil.copy(published("full sound") / path, tmp_path / "vae" / path)
+    with pytest.raises(InputError, match="sound_encoder: not in this folder, which was made with --only; convert all of it"):
+        encoder_weights(tmp_path / "vae")
+
+
+def test_faults_of_a_converted_sound_encoder_are_told_once(converted, tmp_path):
+    folder = shutil.copytree(converted("full sound"), tmp_path / "full")
+
+    def damage(arrays):
+        arrays["odd"] = arrays.pop("encoder.layers.1.norm.weight").astype(np.int32)
+        return arrays
+
+    rewrite(folder / "weights" / "sound_tokenizer", damage)
+    lines = [
+        "  sound_tokenizer: missing: encoder.layers.1.norm.weight [6]",
+        "  sound_tokenizer: unexpected: odd [6]",
+        "  sound_tokenizer: odd kind: odd is int32",
+    ]
+    for with_decoder in (False, True):
+        with pytest.raises(InputError) as caught:
+            encoder_weights(folder, with_decoder=with_decoder)
+        assert str(caught.value).splitlines()[1:] == lines
 
 
 @pytest.mark.parametrize("layout", ["published", "converted"])

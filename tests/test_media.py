@@ -1,4 +1,4 @@
-"""Pictures and clips, from files to arrays."""
+"""Pictures, clips and sounds, from files to arrays."""
 
 import os
 import random
@@ -450,7 +450,12 @@ def test_a_damaged_image_that_was_opened_already_is_refused(tmp_path, close):
 
 @pytest.mark.parametrize(
     ("what", "read"),
-    [("image", media.open_image), ("video", lambda path: media.open_clip(path, 5)), ("file", media.read_metadata)],
+    [
+        ("image", media.open_image),
+        ("video", lambda path: media.open_clip(path, 5)),
+        ("sound", lambda path: media.open_sound(path, 48_000, 2, 5)),
+        ("file", media.read_metadata),
+    ],
 )
 def test_what_is_no_file_is_not_waited_for(tmp_path, ten_seconds, what, read):
     os.mkfifo(tmp_path / "pipe")
@@ -666,3 +671,178 @@ def test_open_clip_takes_an_end(tmp_path, count, keep, taken):
     assert len(frames) == len(taken)
     # frames are 20 levels apart; H.264 and its colours are a few off
     np.testing.assert_allclose(frames.astype(float).mean((1, 2)), clip[list(taken)].astype(float).mean((1, 2)), atol=5)
+
+
+# Files to sounds
+
+
+RATE = 48_000
+LEVEL_16 = 1 / 2**14  # two levels of 16 bits: files are scaled by 32,767 and read by 32,768
+
+
+def tones(samples: int = RATE // 2, rate: int = RATE) -> np.ndarray:
+    """Two channels of soft tones, that begin and end in silence."""
+    t = np.arange(samples) / rate
+    fade = np.minimum(1, 50 * np.minimum(t, samples / rate - t))
+    return (fade * np.stack([0.5 * np.sin(2 * np.pi * 440 * t), 0.25 * np.sin(2 * np.pi * 1000 * t)])).astype(np.float32)
+
+
+def written(path, wave_cn: np.ndarray, rate: int = RATE, seconds: int = 1):
+    """A file of a result with this sound."""
+    result_files.write(path, smooth(8 * seconds), 8, result_files.Sound(wave_cn, rate))
+    return path
+
+
+def test_a_wav_is_read_as_it_was_written(tmp_path):
+    sound = media.open_sound(written(tmp_path / "a.wav", tones()), RATE, 2, RATE // 2)
+    assert (sound.dtype, sound.shape) == (np.float32, (2, RATE // 2))
+    np.testing.assert_allclose(sound, tones(), atol=LEVEL_16)
+
+
+@pytest.mark.parametrize("rate", [RATE, 44_100])
+def test_the_sound_of_a_video_fits_its_beginning(tmp_path, rate):
+    """AAC changes it by 0.0016; a shift of one sample would be 0.02."""
+    sound = media.open_sound(written(tmp_path / "a.mp4", tones(rate, rate), rate), RATE, 2, RATE)
+    assert np.sqrt(np.mean((sound - tones(RATE)) ** 2)) < 0.005
+
+
+@pytest.mark.parametrize(
+    ("name", "coder"),
+    [
+        ("a.mp3", "libmp3lame"),
+        ("a.flac", "flac"),
+        ("a.wav", "pcm_f32le"),
+        ("a.m4a", "aac"),
+        ("a.mkv", "aac"),
+        ("a.ogg", "libopus"),
+    ],
+)
+def test_sounds_of_other_kinds(tmp_path, name, coder):
+    path = made(tmp_path / name, "-i", written(tmp_path / "whole.wav", tones()), "-map", "1:a", "-c:a", coder)
+    sound = media.open_sound(path, RATE, 2, RATE // 2)
+    alike = {shift: np.corrcoef(np.roll(sound[0], shift), tones()[0])[0, 1] for shift in range(-50, 51)}  # of 109, a period
+    assert max(alike.values()) > 0.995
+    assert abs(max(alike, key=alike.get)) <= 24  # half a millisecond, in which Matroska counts
+
+
+@pytest.mark.parametrize("rate", [8_000, 24_000, 44_100, 96_000])
+def test_a_sound_has_the_rate_that_is_asked_for(tmp_path, rate):
+    sound = media.open_sound(written(tmp_path / "a.wav", tones()), rate, 2, rate // 2)
+    # at both ends the filter sees half of what it weighs, of nearly nothing
+    np.testing.assert_allclose(sound, tones(rate // 2, rate), atol=0.002)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.mp4"])
+def test_a_sound_is_cut_or_followed_by_silence(tmp_path, name):
+    written(tmp_path / name, tones(RATE))
+    whole = media.open_sound(tmp_path / name, RATE, 2, RATE)
+    for samples in (1, 1000, RATE - 1):
+        np.testing.assert_array_equal(media.open_sound(tmp_path / name, RATE, 2, samples), whole[:, :samples])
+    longer = media.open_sound(tmp_path / name, RATE, 2, 2 * RATE)
+    np.testing.assert_array_equal(longer[:, :RATE], whole)
+    assert np.abs(longer[:, RATE:]).max() < (0.01 if name == "a.mp4" else 1e-9)  # some ffmpegs decode AAC's last frame whole
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("there", [1, 2])
+def test_channels_are_repeated_or_their_mean(tmp_path, there, channels):
+    sound = media.open_sound(written(tmp_path / "a.wav", tones()[:there]), RATE, channels, RATE // 2)
+    expected = tones() if there == channels == 2 else tones()[:there].mean(axis=0, keepdims=True)
+    np.testing.assert_allclose(sound, np.broadcast_to(expected, (channels, RATE // 2)), atol=LEVEL_16)
+
+
+def test_six_channels_are_mixed_to_two(tmp_path):
+    path = made(tmp_path / "a.wav", "-af", "pan=5.1|FL=c0|FR=0*c0", source=f"sine=r={RATE}:d=0.1")
+    left, right = media.open_sound(path, RATE, 2, RATE // 10)
+    assert left.std() > 0.05
+    assert not right.any()
+
+
+def test_a_sound_that_sets_in_later_has_silence_before(tmp_path):
+    sound = ("-f", "lavfi", "-itsoffset", "0.25", "-i", f"sine=r={RATE}:d=0.25", "-c:a", "aac")
+    heard = media.open_sound(made(tmp_path / "a.mp4", *sound), RATE, 1, RATE // 2)[0]
+    assert abs(np.argmax(np.abs(heard) > 0.02) - RATE // 4) < 100
+    assert heard[RATE // 4 :].std() > 0.05
+
+
+def test_a_video_without_a_sound(tmp_path, capfd):
+    result_files.write(tmp_path / "a.mp4", smooth(8), 8)
+    with pytest.raises(
+        InputError,
+        match=r"^sound .*a.mp4: not a readable sound; WAV, MP3, or MP4 with a soundtrack is expected \(ffmpeg ended w",
+    ):
+        media.open_sound(tmp_path / "a.mp4", RATE, 2, 5)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("b.wav", b""),
+        ("b.wav", b"no sound"),
+        ("b.m3u8", PLAYLIST.replace("a.mp4", "a.wav").encode()),
+        ("b.wav", b"ffconcat version 1.0\nfile a.wav\n"),
+        ("b.wav", encoded("PNG")),
+    ],
+    ids=["empty", "text", "playlist", "list", "picture"],
+)
+def test_a_file_that_is_no_sound(tmp_path, ten_seconds, capfd, name, content):
+    written(tmp_path / "a.wav", tones())
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"^sound .*/{name}: not a readable sound; WAV, MP3, or MP4 with a soundtrack is"):
+        media.open_sound(tmp_path / name, RATE, 2, 5)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_sound_of_no_samples(tmp_path):
+    path = written(tmp_path / "a.wav", tones())
+    path.write_bytes(path.read_bytes()[:44])
+    with pytest.raises(InputError, match=r"^sound .*a.wav: not a readable sound; .* \(it has no samples\)$"):
+        media.open_sound(path, RATE, 2, 5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_sound_of_no_numbers(tmp_path, value):
+    path = made(tmp_path / "a.wav", "-c:a", "pcm_f32le", source=f"sine=r={RATE}:d=0.1")
+    path.write_bytes(path.read_bytes()[:-4] + struct.pack("<f", value))
+    assert media.open_sound(path, RATE, 1, 4000).any()  # before it
+    with pytest.raises(InputError, match=r"^sound .*a.wav: has values that are no numbers$"):
+        media.open_sound(path, RATE, 1, 5000)
+
+
+def test_files_of_sounds_that_are_not_there(tmp_path):
+    with pytest.raises(InputError, match=r"^sound .*a.wav: there is no such file$"):
+        media.open_sound(tmp_path / "a.wav", RATE, 2, 5)
+
+
+def test_a_huge_sound_is_read_in_part(tmp_path, ten_seconds):
+    """Of 100 GB, which take no room: they are holes."""
+    path = written(tmp_path / "a.wav", tones())
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + 4 * b"\xff" + data[8:40] + 4 * b"\xff" + data[44:])
+    os.truncate(path, 100 << 30)
+    np.testing.assert_allclose(media.open_sound(path, RATE, 2, RATE // 2), tones(), atol=LEVEL_16)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "b.mp3", "c.mp4", "d.flac"])
+def test_a_damaged_sound_is_read_or_refused(tmp_path, capfd, ten_seconds, name):
+    whole, refused = written(tmp_path / "whole.wav", tones(RATE // 10)), []
+    data = made(tmp_path / f"whole{name}", "-i", whole, "-map", "1:a", "-movflags", "+faststart").read_bytes()
+    for content in mutations(data, 10):
+        (tmp_path / name).write_bytes(content)
+        try:
+            sound = media.open_sound(tmp_path / name, RATE, 2, 5000)
+        except InputError as error:
+            refused.append(str(error))
+        else:
+            assert sound.shape == (2, 5000)
+    assert {error.partition(": ")[0] for error in refused} == {f"sound {tmp_path / name}"}
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("script", ["kill -9 $$", "printf '.snd'; exit 0", "exit 3"])
+def test_an_ffmpeg_that_fails_has_no_sound(tmp_path, monkeypatch, script):
+    (tmp_path / "a.wav").touch()
+    instead(monkeypatch, tmp_path, script)
+    with pytest.raises(InputError, match=r"not a readable sound; .* \((ffmpeg ended with (-9|3)|it has no samples)"):
+        media.open_sound(tmp_path / "a.wav", RATE, 2, 5)

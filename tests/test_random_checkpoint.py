@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from convert import random_checkpoint
 from cosmos3_jax.checkpoint import BUILT_IN, Checkpoint
-from cosmos3_jax.config import PRESETS, SOUND_TOKENIZER, TINY, TINY_SOUND, WAN_VAE
+from cosmos3_jax.config import PRESETS, SOUND_TOKENIZER, TINY, TINY_FULL_SOUND, TINY_SOUND, WAN_VAE, SoundEncoderConfig
 from cosmos3_jax.prompt import load_tokenizer
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -35,6 +35,7 @@ def test_shapes_of_the_sound_tokenizer_are_the_published_ones(data):
     decoder = published(data, "sound_tokenizer_decoder_only")
     full = published(data, "sound_tokenizer_full")
     assert random_checkpoint.sound_shapes(SOUND_TOKENIZER) == decoder
+    assert random_checkpoint.sound_shapes(dataclasses.replace(SOUND_TOKENIZER, encoder=SoundEncoderConfig())) == full
     assert decoder == {name: shape for name, shape in full.items() if not name.startswith("encoder.")}
 
 
@@ -45,6 +46,24 @@ def test_a_sound_tokenizer_for_a_transformer_with_sound_heads(tmp_path, sound_ge
     assert checkpoint.sound == (TINY_SOUND if sound_gen else None)
     assert (tmp_path / "sound_tokenizer").exists() == sound_gen
     assert ("sound_tokenizer" in json.loads((tmp_path / "model_index.json").read_text())) == sound_gen
+
+
+def test_a_sound_tokenizer_has_an_encoder_if_its_config_says_so(tmp_path, data):
+    """Its decoder, and all else, is that of the checkpoint without one."""
+    folders = [
+        random_checkpoint.write_checkpoint(tmp_path / name, sound=sound)
+        for name, sound in (("decoder", TINY_SOUND), ("full", TINY_FULL_SOUND))
+    ]
+    assert Checkpoint.open(folders[1], sound_encoder=True).sound == TINY_FULL_SOUND
+    assert json.loads((folders[1] / "sound_tokenizer" / "config.json").read_text())["encoder_enabled"] is True
+    decoder, full = ({part: load_file(folder / part / FILE) for part in PARTS} for folder in folders)
+    assert full["sound_tokenizer"].keys() == published(data, "sound_tokenizer_full").keys()
+    for part in PARTS:
+        for name, tensor in decoder[part].items():
+            np.testing.assert_array_equal(full[part].pop(name), tensor, err_msg=name)
+    assert not full["transformer"] | full["vae"]
+    for name, tensor in full["sound_tokenizer"].items():
+        assert tensor.std() > 0.01 * np.abs(tensor).max(), name
 
 
 def test_the_built_in_checkpoint_is_what_the_script_writes(tmp_path):
