@@ -62,10 +62,10 @@ def _train(arguments: argparse.Namespace) -> int:
     if not out.absolute().parent.is_dir():
         raise InputError(f"{out}: there is no folder {out.absolute().parent}; create it first")
     clips = find_clips(data)
-    Checkpoint.open(arguments.checkpoint, weights=False, sound=settings.enable_sound)
+    Checkpoint.open(arguments.checkpoint, weights=False, sound_encoder=settings.enable_sound)
     mesh = make_mesh(arguments.cfg, arguments.tp)
     dtype = dtype_on(mesh, arguments.dtype)
-    checkpoint = Checkpoint.open(arguments.checkpoint, sound=settings.enable_sound)
+    checkpoint = Checkpoint.open(arguments.checkpoint, sound_encoder=settings.enable_sound)
     checkpoint.transformer.check_tensor_parallel(arguments.tp)
     tokenizer = load_tokenizer(checkpoint.folder / "text_tokenizer", checkpoint.transformer.vocab_size)
     if arguments.no_compilation_cache:

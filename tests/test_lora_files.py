@@ -14,11 +14,11 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from convert.folders import convert
 from metrics import errors, random
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from convert.folders import convert
 from cosmos3_jax import Cosmos3Pipeline, InputError, RunError, dry_run, generate, make_mesh, networks, pipeline
 from cosmos3_jax.flags import file_and_scale
 from cosmos3_jax.lora import Adapter, abstract_adapters

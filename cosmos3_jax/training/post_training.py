@@ -17,10 +17,13 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from cosmos3_jax import media
 from cosmos3_jax.checkpoint import Checkpoint, Weights, load
+from cosmos3_jax.config import SoundConfig, SoundEncoderConfig
 from cosmos3_jax.errors import InputError
 from cosmos3_jax.latents import Latents
-from cosmos3_jax.networks import Networks, Residence, abstract_networks
+from cosmos3_jax.lora import TARGETS, TOWERS, abstract_adapters, random_adapters
+from cosmos3_jax.networks import Networks, Residence, abstract_networks, abstract_sound_encoder
 from cosmos3_jax.pipeline import Cosmos3Pipeline, encode
 from cosmos3_jax.processes import is_first
 from cosmos3_jax.prompt import MOST_TOKENS, Metadata, texts, tokenize
@@ -30,10 +33,10 @@ from cosmos3_jax.training import latent_cache
 from cosmos3_jax.training.batches import Draws, Example, batches, collate, put
 from cosmos3_jax.training.clips import Clip, frames
 from cosmos3_jax.training.latent_cache import LatentCache
-from cosmos3_jax.training.results import write_folder
+from cosmos3_jax.training.results import write_folder, write_lora
 from cosmos3_jax.training.run import Run, Schedule
 from cosmos3_jax.training.settings import Training
-from cosmos3_jax.training.trained import Trained, Values, Whole, values_of
+from cosmos3_jax.training.trained import Adapters, Values, Whole, values_of
 from cosmos3_jax.training.update import Optimization, TrainState, begin, update
 from cosmos3_jax.weights import Network
 
@@ -49,12 +52,19 @@ class Model:
 
     def weights(self) -> Weights:
         """Its weights, found to fit. Raises InputError where they do not."""
-        return self.checkpoint.audited(self.abstract(self.dtype).by_name())
+        networks, sound = self.abstract(self.dtype).by_name(), self.checkpoint.sound
+        if sound is not None and sound.encoder is not None:
+            networks["sound_encoder"] = abstract_sound_encoder(sound.encoder, self.mesh)
+        return self.checkpoint.audited(networks)
 
     def abstract(self, dtype: str) -> Networks:
         """Its networks, with shapes for weights."""
         checkpoint = self.checkpoint
         return abstract_networks(checkpoint.transformer, checkpoint.vae, self.mesh, dtype, checkpoint.sound)
+
+    def towers(self, dtype: str) -> dict[str, Network]:
+        """The two that can be trained."""
+        return {part: network for part, network in self.abstract(dtype).by_name().items() if part in TOWERS}
 
 
 def post_train(
@@ -78,7 +88,7 @@ def post_train(
         trained, values, frozen = prepare(model, settings, weights, progress=progress)
         how = optimization(settings)
         state = begin(values, how, model.mesh)
-        step = update(trained, how, state, train_und=settings.train_text_tower, sound_weight=settings.sound_weight)
+        step = update(trained, how, state, train_und=trains_und(values), sound_weight=settings.sound_weight)
         size, nothing = settings.batch_size * settings.accumulate, tokenize(model.tokenizer, "")
         data = batches(kinds, size, settings.seed, draws(asked, settings), nothing)
         run = Run(out, about(model, clips, settings))
@@ -95,7 +105,7 @@ def post_train(
 
         schedule = Schedule(settings.steps, settings.save_every, settings.sample_every)
         state = run.go(state, data, step, frozen, batch_of, schedule, sample=sample, check=check, progress=progress)
-    return write(out, model, settings, kept(state))
+    return write(out, model, trained, kept(state))
 
 
 def request_of(model: Model, clips: Sequence[Clip], settings: Training) -> ResolvedRequest:
@@ -195,35 +205,77 @@ class Examples(Sequence[Example]):
         return Example(latent_cache.read(self.files[index]), self.ids[index])
 
 
+@jax.jit
+def encode_sound(encoder: Network, wave_nc: Any) -> jax.Array:
+    """`SoundEncoder.encode`, compiled."""
+    with jax.default_matmul_precision("highest"):
+        return encoder.merge().encode(wave_nc)
+
+
 class Encoder:
-    """Clips to latents; the VAE is loaded at the first."""
+    """Clips to latents; VAE and sound encoder are loaded for the first that needs them."""
 
     def __init__(self, model: Model, weights: Weights, asked: ResolvedRequest):
         self.model, self.weights, self.asked = model, weights, asked
-        self.vae: Network | None = None
 
     def __call__(self, clip: Clip) -> Latents:
         """Raises InputError for a file that cannot be read, or is too short."""
         asked = self.asked
         pixels = frames(clip, asked.num_frames, asked.height, asked.width, asked.fps)
         with failures_told("encode"):
-            if self.vae is None:
-                self.vae = load(self.weights, "vae", self.model.abstract(self.model.dtype).vae)
-            return Latents(np.asarray(encode(self.vae, pixels)))
+            video = np.asarray(encode(self.vae, pixels))
+        return Latents(video, self.sound(clip) if asked.enable_sound and not clip.is_image else None)
+
+    def sound(self, clip: Clip) -> np.ndarray:
+        """Sound latents [s, c] of as much of the soundtrack as the frames last."""
+        config, encoder = self.sound_config
+        samples = self.asked.sound_frames(config) * config.samples_per_latent
+        wave_cn = media.open_sound(clip.path, config.sampling_rate, encoder.channels, samples)
+        with failures_told("encode"):
+            return np.asarray(encode_sound(self.sound_encoder, wave_cn.T))
+
+    @property
+    def sound_config(self) -> tuple[SoundConfig, SoundEncoderConfig]:
+        config = self.model.checkpoint.sound
+        assert config is not None
+        assert config.encoder is not None
+        return config, config.encoder
+
+    @functools.cached_property
+    def vae(self) -> Network:
+        return load(self.weights, "vae", self.model.abstract(self.model.dtype).vae)
+
+    @functools.cached_property
+    def sound_encoder(self) -> Network:
+        return load(self.weights, "sound_encoder", abstract_sound_encoder(self.sound_config[1], self.model.mesh))
 
 
 def prepare(
     model: Model, settings: Training, weights: Weights, *, progress: bool
-) -> tuple[Trained, Values, dict[str, Network]]:
+) -> tuple[Whole | Adapters, Values, dict[str, Network]]:
     """What is trained, what it begins with, and the networks that stay as they are."""
-    parts = ("und", "gen") if settings.train_text_tower else ("gen",)
-    masters, computed = model.abstract("float32").by_name(), model.abstract(model.dtype).by_name()
+    masters, computed = (model.towers(dtype) for dtype in ("float32", model.dtype))
     with failures_told("load"):
         if settings.lora_rank is None:
+            parts = TOWERS if settings.train_text_tower else ("gen",)
             values = values_of({part: load(weights, part, masters[part], progress=progress) for part in parts})
-            frozen = {part: load(weights, part, computed[part], progress=progress) for part in {"und", "gen"} - set(parts)}
+            frozen = {part: load(weights, part, computed[part], progress=progress) for part in TOWERS if part not in parts}
             return Whole({part: masters[part] for part in parts}, jnp.dtype(model.dtype)), values, frozen
-    raise NotImplementedError
+        abstract = abstract_adapters(
+            computed,
+            model.checkpoint.transformer,
+            settings.lora_rank,
+            settings.lora_alpha or settings.lora_rank,
+            settings.lora_targets or TARGETS,
+        )
+        start = Adapters.values(random_adapters(abstract, jax.random.key(settings.seed)))
+        frozen = {part: load(weights, part, computed[part], progress=progress) for part in TOWERS}
+        return Adapters(abstract), start, frozen
+
+
+def trains_und(values: Values) -> bool:
+    """Whether gradients are needed of the text tower."""
+    return "und" in values
 
 
 def kept(state: TrainState) -> Values:
@@ -256,7 +308,10 @@ def show(
             result.save(folder / f"{index}{request.suffix}")
 
 
-def write(out: Path, model: Model, settings: Training, values: Values) -> Path:
-    """Writes what was trained."""
-    write_folder(out / "checkpoint", model.checkpoint, values)
-    return out / "checkpoint"
+def write(out: Path, model: Model, trained: Whole | Adapters, values: Values) -> Path:
+    """Writes what was trained: a folder in the published layout, or a file of adapters."""
+    if isinstance(trained, Whole):
+        write_folder(out / "checkpoint", model.checkpoint, values)
+        return out / "checkpoint"
+    write_lora(out / "lora.safetensors", model.towers("float32"), model.checkpoint, trained.adapters(values))
+    return out / "lora.safetensors"

@@ -11,6 +11,8 @@ from jax.experimental import multihost_utils
 
 from cosmos3_jax.checkpoint import Checkpoint, Weights
 from cosmos3_jax.conversion import Source, publish
+from cosmos3_jax.lora import Adapter
+from cosmos3_jax.lora_files import write_adapters
 from cosmos3_jax.processes import is_first
 from cosmos3_jax.training.trained import Values
 from cosmos3_jax.weights import Network, by_path
@@ -48,6 +50,15 @@ def whole(x: jax.Array) -> np.ndarray:
     if not x.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
+
+
+def write_lora(
+    file: Path, networks: Mapping[str, Network], base: Checkpoint, adapters: Mapping[str, Mapping[str, Adapter]]
+) -> None:
+    """Writes a file of adapters, for networks that may be abstract, in the place of an earlier one. Every process calls it."""
+    adapters = jax.tree.map(whole, adapters)
+    if is_first():
+        write_adapters(file, adapters, networks, base.transformer)
 
 
 def write_folder(folder: Path, base: Checkpoint, values: Values) -> None:

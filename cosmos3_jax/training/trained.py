@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from cosmos3_jax.lora import Adapter, adapted
 from cosmos3_jax.weights import Network, by_path, map_weights
 
 Values = dict[str, dict[str, Any]]
-"""Part ("und", "gen") and path in its network -> what is trained there."""
+"""Part ("und", "gen") and path in its network -> what is trained there: an array, or of an adapter both, by "a" and "b"."""
 
 
 class Trained(Protocol):
@@ -40,6 +41,30 @@ class Whole:
 
             made[part] = Network(network.graph, map_weights(value, network.weights))
         return {**frozen, **made}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapters:
+    """Low-rank adapters of some weights of some towers, which stay as they are."""
+
+    abstract: Mapping[str, Mapping[str, Adapter]]
+
+    def networks(self, values: Values, frozen: Mapping[str, Network]) -> dict[str, Network]:
+        made = {part: adapted(frozen[part], adapters) for part, adapters in self.adapters(values).items()}
+        return {**frozen, **made}
+
+    def adapters(self, values: Values) -> dict[str, dict[str, Adapter]]:
+        """The adapters with these values, by part and path."""
+
+        def adapter(part: str, path: str) -> Adapter:
+            return dataclasses.replace(self.abstract[part][path], **values[part][path])
+
+        return {part: {path: adapter(part, path) for path in of} for part, of in values.items()}
+
+    @staticmethod
+    def values(adapters: Mapping[str, Mapping[str, Adapter]]) -> Values:
+        """What of adapters is trained."""
+        return {part: {path: {"a": x.a, "b": x.b} for path, x in of.items()} for part, of in adapters.items()}
 
 
 def values_of(networks: Mapping[str, Network]) -> Values:

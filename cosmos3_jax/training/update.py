@@ -41,11 +41,10 @@ class Optimization:
 
 def _matrices(values: Values) -> Any:
     """Which values decay: scales and biases do not, stacked ones neither."""
-    return {part: {path: _is_matrix(path, x) for path, x in of.items()} for part, of in values.items()}
-
-
-def _is_matrix(path: str, x: Any) -> bool:
-    return x.ndim - path.startswith("layers.") > 1
+    return {
+        part: {path: jax.tree.map(lambda x, path=path: x.ndim - path.startswith("layers.") > 1, x) for path, x in of.items()}
+        for part, of in values.items()
+    }
 
 
 @struct.dataclass
