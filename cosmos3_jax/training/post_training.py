@@ -24,7 +24,7 @@ from cosmos3_jax.errors import InputError
 from cosmos3_jax.latents import Latents
 from cosmos3_jax.lora import TARGETS, TOWERS, abstract_adapters, random_adapters
 from cosmos3_jax.networks import Networks, Residence, abstract_networks, abstract_sound_encoder
-from cosmos3_jax.pipeline import Cosmos3Pipeline, encode
+from cosmos3_jax.pipeline import Cosmos3Pipeline, encode, encode_sound
 from cosmos3_jax.processes import is_first
 from cosmos3_jax.prompt import MOST_TOKENS, Metadata, texts, tokenize
 from cosmos3_jax.request import Request, ResolvedRequest, resolve
@@ -203,13 +203,6 @@ class Examples(Sequence[Example]):
 
     def __getitem__(self, index: Any) -> Any:
         return Example(latent_cache.read(self.files[index]), self.ids[index])
-
-
-@jax.jit
-def encode_sound(encoder: Network, wave_nc: Any) -> jax.Array:
-    """`SoundEncoder.encode`, compiled."""
-    with jax.default_matmul_precision("highest"):
-        return encoder.merge().encode(wave_nc)
 
 
 class Encoder:

@@ -7,16 +7,16 @@
 | samples/ | what the prompts give every so many steps |
 """
 
+import contextlib
 import csv
 import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from tqdm import tqdm
 
 from cosmos3_jax.errors import InputError, RunError, StoppedError
@@ -92,27 +92,24 @@ class Run:
         `sample(state, folder)` is called every so many steps. Raises RunError where the loss is no number.
         """
         done = int(state.step)
-        table = Table(self.folder / "log.csv", done) if is_first() else None
-        with tqdm(initial=done, total=schedule.steps, desc="train", unit="step", disable=not (progress and is_first())) as bar:
-            running: tuple[int, float, Progress] | None = None
+        with contextlib.closing(Teller(self.folder / "log.csv", done, schedule.steps, visible=progress)) as teller:
             while done < schedule.steps:
                 try:
                     check()
                 except StoppedError:
+                    teller.wait()
                     self.save(state, data)
                     raise
                 start = time.perf_counter()
                 state, found = update(state, frozen, batch_of(next(data)))
-                if running is not None:  # the step before, so that the device has work meanwhile
-                    _tell(*running, table, bar)
-                done, running = done + 1, (done + 1, start, found)
-                ends = done == schedule.steps
-                if ends or done % schedule.save_every == 0 or done % schedule.sample_every == 0:
-                    _tell(*running, table, bar)
-                    running = None
-                if ends or done % schedule.save_every == 0:
+                done += 1
+                teller.later(done, start, found)
+                saves, samples = (done == schedule.steps or done % n == 0 for n in (schedule.save_every, schedule.sample_every))
+                if saves or samples:
+                    teller.wait()
+                if saves:
                     self.save(state, data)
-                if ends or done % schedule.sample_every == 0:
+                if samples:
                     sample(state, self.folder / "samples" / f"step-{done:06d}")
         return state
 
@@ -121,35 +118,50 @@ class Run:
         self.saved.save(state, {"run": self.about, "data": data.get_state()})
 
 
-class Table:
-    """log.csv: a row for each step. What a run wrote after the state that it goes on from is written again."""
+class Teller:
+    """Tells how steps went, in log.csv and a progress bar: each when the next one was begun, so that the device has work.
 
-    def __init__(self, path: Path, done: int):
-        rows: Sequence[dict[str, str]] = []
-        if path.is_file():
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) <= done]
-        self.file = path.open("w", newline="", buffering=1)
-        self.writer = csv.DictWriter(self.file, COLUMNS)
-        self.writer.writeheader()
-        self.writer.writerows(rows)
+    What a run wrote after the state that it goes on from is written again. Of several processes the first one tells.
+    """
 
-    def add(self, **values: Any) -> None:
-        """Writes a row."""
-        self.writer.writerow(values)
+    def __init__(self, path: Path, done: int, steps: int, *, visible: bool):
+        self.bar = tqdm(initial=done, total=steps, desc="train", unit="step", disable=not (visible and is_first()))
+        self.waiting: tuple[int, float, Progress] | None = None
+        self.file = path.open("r+" if path.is_file() else "w+", newline="", buffering=1) if is_first() else None
+        if self.file is not None:
+            rows = [row for row in csv.DictReader(self.file) if row["step"].isdigit() and int(row["step"]) <= done]
+            self.file.seek(0)
+            self.file.truncate()
+            self.writer = csv.DictWriter(self.file, COLUMNS)
+            self.writer.writeheader()
+            self.writer.writerows(rows)
 
+    def later(self, step: int, start: float, found: Progress) -> None:
+        """Tells of the step before, once that has ended, and of this one next time."""
+        self.wait()
+        self.waiting = step, start, found
 
-def _tell(step: int, start: float, found: Progress, table: Table | None, bar: tqdm) -> None:
-    """Waits for a step, and tells how it went."""
-    losses = {"loss": found.loss.total, "video": found.loss.video, "sound": found.loss.sound}
-    values = {name: float(np.asarray(x)) for name, x in losses.items()}
-    values |= {"gradient_norm": float(found.gradient_norm), "learning_rate": float(found.learning_rate)}
-    if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
-        raise RunError(
-            f"the loss or its gradient became NaN or infinite in step {step}: a lower learning rate or a longer warmup may do; "
-            "the last state that was saved is from before"
-        )
-    if table is not None:
-        table.add(step=step, seconds=f"{time.perf_counter() - start:.3f}", **{name: f"{x:.9g}" for name, x in values.items()})
-    bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-    bar.update(1)
+    def wait(self) -> None:
+        """Waits for the last step, and tells how it went. Raises RunError where its loss is no number."""
+        if self.waiting is None:
+            return
+        (step, start, found), self.waiting = self.waiting, None
+        values = {"loss": found.loss.total, "video": found.loss.video, "sound": found.loss.sound}
+        values |= {"gradient_norm": found.gradient_norm, "learning_rate": found.learning_rate}
+        numbers = {name: float(x) for name, x in values.items()}
+        if not math.isfinite(numbers["loss"] + numbers["gradient_norm"]):
+            raise RunError(
+                f"the loss or its gradient became NaN or infinite in step {step}: a lower learning rate or a longer warmup may "
+                "do; the last state that was saved is from before"
+            )
+        if self.file is not None:
+            seconds = f"{time.perf_counter() - start:.3f}"
+            self.writer.writerow({"step": step, "seconds": seconds, **{name: f"{x:.9g}" for name, x in numbers.items()}})
+        self.bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
+        self.bar.update(1)
+
+    def close(self) -> None:
+        """Closes the file and the bar."""
+        self.bar.close()
+        if self.file is not None:
+            self.file.close()

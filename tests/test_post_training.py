@@ -1,0 +1,273 @@
+"""Training, from clips to what it leaves: the same on every mesh, the same after a stop, and read by whoever reads checkpoints."""
+
+import csv
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from convert.random_checkpoint import write_checkpoint
+from cosmos3_jax import Cosmos3Pipeline, InputError, RunError, make_mesh, result_files
+from cosmos3_jax.checkpoint import Checkpoint
+from cosmos3_jax.config import TINY_FULL_SOUND
+from cosmos3_jax.errors import StoppedError
+from cosmos3_jax.prompt import load_tokenizer
+from cosmos3_jax.training.clips import find_clips
+from cosmos3_jax.training.post_training import Model, post_train
+from cosmos3_jax.training.settings import Training
+
+SMALL = {"num_frames": 5, "height": 32, "width": 48}
+SETTINGS = Training(
+    **SMALL, steps=20, batch_size=2, accumulate=2, learning_rate=1e-3, warmup=2, average=0.9, train_text_tower=True
+)
+QUICK = Training(**SMALL, steps=2, batch_size=2, learning_rate=1e-3, warmup=0)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Five clips of noise, larger than they are taken, a picture, and captions of both kinds."""
+    folder = tmp_path_factory.mktemp("clips")
+    random = np.random.default_rng(0)
+    for i in range(5):
+        frames = random.integers(0, 256, (7, 48, 64, 3), dtype=np.uint8)
+        result_files.write(folder / f"{i}.mp4", frames, 24.0)
+        (folder / f"{i}.txt").write_text(f"noise number {i}, " + "very " * i + "grainy\n")
+    result_files.write(folder / "still.png", random.integers(0, 256, (1, 48, 64, 3), dtype=np.uint8), 24.0)
+    (folder / "still.json").write_text(json.dumps({"subject": "noise", "style": "still"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folders):
+    """`model(cfg, tp)`: a small checkpoint on a mesh."""
+
+    def of(cfg: int = 1, tp: int = 1, folder: Path | None = None) -> Model:
+        folder = folder or folders("small")
+        checkpoint = Checkpoint.open(folder)
+        tokenizer = load_tokenizer(folder / "text_tokenizer", checkpoint.transformer.vocab_size)
+        return Model(checkpoint, tokenizer, make_mesh(cfg, tp), "float32")
+
+    return of
+
+
+def run(model: Model, clips: Path, settings: Training, out: Path, **more) -> Path:
+    return post_train(model, find_clips(clips), settings, out, clips / ".latents", progress=False, **more)
+
+
+def losses(out: Path) -> list[float]:
+    with (out / "log.csv").open() as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def stop_before(step: int):
+    """A check that stops a run before a step; clips are checked before the steps are."""
+    left = [6 + step]
+
+    def check() -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise StoppedError("stopped by SIGTERM", 143)
+
+    return check
+
+
+def test_every_mesh_follows_the_same_losses(model, clips, tmp_path):
+    curves = []
+    for cfg, tp in ((1, 1), (2, 1), (2, 4)):
+        run(model(cfg, tp), clips, SETTINGS, tmp_path / f"{cfg}{tp}")
+        curves.append(losses(tmp_path / f"{cfg}{tp}"))
+    assert len(curves[0]) == 20
+    assert np.mean(curves[0][-5:]) < 0.9 * np.mean(curves[0][:5])  # it learns
+    np.testing.assert_allclose(curves[1], curves[0], rtol=2e-6)  # float32, added in another order
+    np.testing.assert_allclose(curves[2], curves[0], rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "lora", [{}, {"lora_rank": 2, "lora_targets": ("to_q", "add_v_proj"), "train_text_tower": False}], ids=str
+)
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(model, clips, tmp_path, lora):
+    settings = dataclasses.replace(SETTINGS, steps=7, **lora)
+    whole = run(model(), clips, settings, tmp_path / "whole")
+    for step in (2, 1, 3):  # saved where it was stopped, thrice
+        with pytest.raises(StoppedError):
+            run(model(), clips, settings, tmp_path / "stopped", check=stop_before(step))
+    stopped = run(model(), clips, settings, tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 7
+    files = {path.relative_to(whole): path.read_bytes() for path in whole.rglob("*") if path.is_file()} or {
+        "": whole.read_bytes()
+    }
+    for name, content in files.items():
+        assert (stopped / name if name else stopped).read_bytes() == content, name
+
+
+def test_what_is_left_is_a_checkpoint(model, clips, folders, tmp_path):
+    made = run(model(), clips, QUICK, tmp_path / "run")
+    before, after = tensors(folders("small")), tensors(made)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    frozen = {name for name in before if "_moe_gen" not in name and "add" not in name and "norm_added" not in name}
+    frozen -= {name for name in before if name.startswith(("proj_", "time_embedder", "audio_"))}
+    assert changed == before.keys() - frozen - {name for name in before if name.startswith("audio_")}  # no sound was learned
+    assert (made / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == (
+        folders("small") / "vae" / "diffusion_pytorch_model.safetensors"
+    ).read_bytes()
+    result = Cosmos3Pipeline.from_pretrained(made, progress=False)("noise", **SMALL, num_inference_steps=1, progress=False)
+    assert np.isfinite(result.video).all()
+
+
+@pytest.mark.live
+def test_diffusers_reads_it(model, clips, tmp_path):
+    pytest.importorskip("diffusers")
+    import reference
+
+    made = run(model(), clips, QUICK, tmp_path / "run")
+    theirs = {name: p.detach().numpy() for name, p in reference.load(made).transformer.named_parameters()}
+    ours = tensors(made)
+    assert theirs.keys() == ours.keys()
+    assert all(np.array_equal(theirs[name], ours[name]) for name in ours)
+
+
+def test_adapters_alone_are_trained_and_change_the_video(model, clips, folders, tmp_path):
+    settings = dataclasses.replace(QUICK, lora_rank=3, lora_alpha=6.0, learning_rate=0.01)
+    made = run(model(), clips, settings, tmp_path / "run")
+    adapters = load_file(made)
+    assert len(adapters) == 2 * 4 * 3  # a and b of four projections in three layers
+    assert all(x.any() for x in adapters.values())
+    request = SMALL | {"num_inference_steps": 2, "progress": False, "output_type": "latent"}
+    plain, with_them, off = (
+        Cosmos3Pipeline.from_pretrained(folders("small"), lora=lora, progress=False)("noise", **request).video
+        for lora in ([], [made], [(made, 0.0)])
+    )
+    assert np.array_equal(plain, off)
+    assert not np.allclose(plain, with_them, atol=1e-4)
+
+
+def test_sound_is_learned_too(clips, model, tmp_path):
+    folder = write_checkpoint(tmp_path / "checkpoint", sound=TINY_FULL_SOUND)
+    checkpoint = Checkpoint.open(folder, sound_encoder=True)
+    tokenizer = load_tokenizer(folder / "text_tokenizer", checkpoint.transformer.vocab_size)
+    loud = tmp_path / "loud"
+    loud.mkdir()
+    frames = np.random.default_rng(1).integers(0, 256, (5, 32, 48, 3), dtype=np.uint8)
+    for i in range(2):
+        wave = np.sin(np.arange(12000) * (0.02 + 0.03 * i))[None].repeat(2, axis=0).astype(np.float32)
+        result_files.write(loud / f"{i}.mp4", frames, 24.0, result_files.Sound(wave, 48000))
+        (loud / f"{i}.txt").write_text("a tone")
+    settings = Training(**SMALL, steps=3, learning_rate=1e-3, warmup=0, enable_sound=True)
+    made = run(Model(checkpoint, tokenizer, make_mesh(), "float32"), loud, settings, tmp_path / "run")
+    with (tmp_path / "run" / "log.csv").open() as file:
+        assert all(float(row["sound"]) > 0.1 for row in csv.DictReader(file))
+    before, after = tensors(folder), tensors(made)
+    assert all(not np.array_equal(before[name], after[name]) for name in before if name.startswith("audio_"))
+
+
+def test_latents_are_made_once(model, clips, tmp_path, monkeypatch):
+    from cosmos3_jax.training import post_training
+
+    run(model(), clips, QUICK, tmp_path / "first")
+    monkeypatch.setattr(post_training, "frames", lambda *_: pytest.fail("encoded again"))
+    run(model(), clips, QUICK, tmp_path / "second")
+
+
+def test_sigterm_saves_and_ends(clips, folders, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "cosmos3_jax.train",
+        "--checkpoint",
+        folders("small"),
+        "--data",
+        clips,
+        "--out",
+        tmp_path / "run",
+    ]
+    command += ["--num-frames", "5", "--height", "32", "--width", "48", "--steps", "100000", "--batch-size", "2"]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "log.csv").exists() or len((tmp_path / "run" / "log.csv").read_text().splitlines()) < 5:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert said.splitlines()[-1] == "error: stopped by SIGTERM"
+    states = [int(path.name) for path in (tmp_path / "run" / "states").iterdir()]
+    assert states == [len(losses(tmp_path / "run"))]
+
+
+def test_samples_are_written(model, clips, tmp_path):
+    settings = dataclasses.replace(QUICK, sample_every=1, sample_prompts=("noise", "more noise"))
+    run(model(), clips, settings, tmp_path / "run")
+    found = sorted(str(path.relative_to(tmp_path / "run" / "samples")) for path in (tmp_path / "run").rglob("*.mp4"))
+    assert found == [f"step-00000{step}/{i}.mp4" for step in (1, 2) for i in (0, 1)]
+
+
+def test_a_folder_goes_on_with_its_own_run_alone(model, clips, tmp_path):
+    run(model(), clips, QUICK, tmp_path / "run")
+    with pytest.raises(InputError, match=r"holds a run with seed=0; give the same"):
+        run(model(), clips, dataclasses.replace(QUICK, seed=1), tmp_path / "run")
+
+
+def test_a_loss_that_is_no_number_ends_the_run(model, clips, tmp_path):
+    with pytest.raises(RunError, match=r"in step \d+: a lower learning rate"):
+        run(
+            model(),
+            clips,
+            dataclasses.replace(QUICK, steps=50, learning_rate=1.0, clip=1e6, weight_decay=10.0),
+            tmp_path / "run",
+        )
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({}, "no clips there"),
+        ({"a.mp4": ""}, r"a\.mp4: no caption; a\.txt or a\.json belongs beside it"),
+        ({"a.mp4": "", "a.txt": "x", "a.json": "{}"}, r"a\.json: a\.txt is there as well"),
+        ({"a.txt": "x"}, r"a\.txt: no clip of that name"),
+        ({"a.mp4": "", "a.png": "", "a.txt": "x"}, "two clips have one caption"),
+        ({"a.mp4": "", "a.txt": " "}, r"a\.txt: 0 characters"),
+    ],
+)
+def test_folders_that_cannot_be_learned_from(tmp_path, files, sentence):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=sentence):
+        find_clips(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"steps": 0}, "steps=0: a whole number of at least 1"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan: a number from"),
+        ({"average": 2.0}, "average=2.0: a number from 0 to 1"),
+        ({"image_share": 0.7, "clip_share": 0.7}, "at most 1 together"),
+        ({"lora_targets": ("to_q",)}, "give lora_rank too"),
+        ({"lora_rank": 2, "lora_targets": ("to_x",)}, "'to_x' is no projection"),
+        ({"num_frames": 6}, "num_frames=6: one frame and then groups of 4"),
+        ({"num_frames": 9}, r"\.mp4: 7 frames at 24 a second, 9 are expected"),
+        ({"enable_sound": True}, "no sound tokenizer, or was loaded"),
+    ],
+)
+def test_settings_that_cannot_be_used(model, clips, tmp_path, change, sentence):
+    with pytest.raises(InputError, match=sentence):
+        run(model(), clips, dataclasses.replace(QUICK, **change), tmp_path / "run")
+
+
+def test_a_batch_divides_over_cfg(model, clips, tmp_path):
+    with pytest.raises(InputError, match="batch_size=1: cfg=2 does not divide it; use 2"):
+        run(model(2, 1), clips, dataclasses.replace(QUICK, batch_size=1), tmp_path / "run")
