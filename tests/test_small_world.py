@@ -370,6 +370,12 @@ def test_what_is_there_for_a_part_of_the_time_is_not_right(shown):
     assert not any(right(Scene((BALL,)), look(film_thwc)).values())
 
 
+def test_what_is_missed_in_a_few_frames_is_found():
+    film_thwc = frames(alone(BALL), rng())
+    film_thwc[[0, 7, 15]] = background("plain", 128, 128)
+    assert right(alone(BALL), look(film_thwc))["all"]
+
+
 def test_two_alike_leave_open_which_one_is_meant():
     film_thwc = frames(alone(BALL), rng())
     film_thwc = np.where(amounts(film_thwc)[..., None] > 0, film_thwc, np.roll(film_thwc, 50, axis=1))

@@ -22,6 +22,7 @@ AWAY_K3 = np.array([RGB[colour] for colour in COLOURS], np.float32) - GRAY
 FAR_K = np.linalg.norm(AWAY_K3, axis=-1)
 COSINE = 0.85  # with the nearest colour, of the pixels that are of a colour
 HALF = 0.45  # of the way from gray to a colour: where a thing ends
+FAINT = 0.2  # of a thing's colour: what has less is of the stripes, or noise
 SMALLEST = 60.0  # square pixels; the small star has 230
 SECOND = 0.4  # of the largest part: another of the same colour, which leaves open which one is meant
 PRESENT = 0.8  # of the frames show a thing; what fewer show is no thing
@@ -50,7 +51,7 @@ class Seen:
     direction: str | None = None
     size: str | None = None
     speed: str | None = None  # also None for what stands still
-    centre: tuple[float, float] | None = None  # (x, y) in the middle of the film
+    centre: tuple[float, ...] | None = None  # (x, y) in the middle of the film
     velocity: tuple[float, float] | None = None  # (x, y) a second
     diameter: float | None = None
     likeness: float | None = None  # with the best shape, at most 1
@@ -70,9 +71,7 @@ def look(frames_thwc: np.ndarray, fps: float = 24.0) -> View:
     pixels_thwc = frames_thwc.astype(np.float32)
     labels_thw = _labels(pixels_thwc)
     things = []
-    for number in range(len(COLOURS)):
-        if (labels_thw == number).sum(axis=(1, 2)).max() < SMALLEST * scale**2:
-            continue
+    for number in np.unique(labels_thw[labels_thw >= 0]):
         part_thw, clear_t = largest_part(labels_thw == number, SMALLEST * scale**2)
         if clear_t.mean() >= PRESENT:
             others_thw = (labels_thw >= 0) & (labels_thw != number)
@@ -179,38 +178,43 @@ def _labels(pixels_thwc: np.ndarray) -> np.ndarray:
     """The number of each pixel's colour, -1 for the background and what is between colours: int [t, h, w]."""
     away_thwc = pixels_thwc - GRAY
     far_thw = np.sqrt(np.einsum("thwc,thwc->thw", away_thwc, away_thwc))
-    along_thwk = away_thwc @ (AWAY_K3 / FAR_K[:, None]).T
-    best_thw = np.argmax(along_thwk, axis=-1)
-    along_thw = np.take_along_axis(along_thwk, best_thw[..., None], axis=-1)[..., 0]
-    return np.where((along_thw > HALF * FAR_K[best_thw]) & (along_thw > COSINE * far_thw), best_thw, -1)
+    coloured_thw = far_thw > HALF * FAR_K.min()  # few are, and the rest is for these
+    along_nk = away_thwc[coloured_thw] @ (AWAY_K3 / FAR_K[:, None]).T
+    best_n, along_n = np.argmax(along_nk, axis=-1), np.max(along_nk, axis=-1)
+    sure_n = (along_n > HALF * FAR_K[best_n]) & (along_n > COSINE * far_thw[coloured_thw])
+    labels_thw = np.full(far_thw.shape, -1)
+    labels_thw[coloured_thw] = np.where(sure_n, best_n, -1)
+    return labels_thw
 
 
 def _seen(
     pixels_thwc: np.ndarray, part_thw: np.ndarray, others_thw: np.ndarray, clear: np.ndarray, fps: float, scale: float
 ) -> Seen:
     """Measures one thing, of which `part_thw` is roughly it, in the frames `clear`."""
-    colour_3 = np.median(pixels_thwc[clear][part_thw[clear]], axis=0)
+    soft = 1 + round(3 * scale)  # pixels that its edge may reach beyond it
+    rows, columns = (slice(max(at.min() - soft, 0), at.max() + soft + 1) for at in np.nonzero(part_thw.any(axis=0)))
+    pixels_thwc, part_thw, others_thw = (each[clear, rows, columns] for each in (pixels_thwc, part_thw, others_thw))
+    colour_3 = np.median(pixels_thwc[part_thw], axis=0)
     distance_k = np.linalg.norm(AWAY_K3 + GRAY - colour_3, axis=-1)
     nearest, next_ = np.sort(distance_k)[:2]
     away_3 = colour_3 - GRAY
-    amount_thw = np.clip((pixels_thwc[clear] - GRAY) @ away_3 / (away_3 @ away_3), 0, 1)
-    amount_thw = np.where(
-        others_thw[clear] | (amount_thw < 0.2) | ~_grown(part_thw[clear], 1 + round(3 * scale)), 0, amount_thw
-    )
+    amount_thw = np.clip((pixels_thwc - GRAY) @ (away_3 / (away_3 @ away_3)), 0, 1)
+    amount_thw = np.where(others_thw | (amount_thw < FAINT) | ~_grown(part_thw, soft), 0, amount_thw)
     area_t = amount_thw.sum(axis=(1, 2))
     x_t = (amount_thw.sum(axis=1) @ (np.arange(amount_thw.shape[2]) + 0.5)) / area_t
     y_t = (amount_thw.sum(axis=2) @ (np.arange(amount_thw.shape[1]) + 0.5)) / area_t
     side = float(np.sqrt(np.median(area_t)))
     shape, likeness = _shape(np.median(_around(amount_thw, x_t, y_t, side), axis=0))
     diameter = side / math.sqrt(OUTLINES[shape].area) / scale if shape else None
-    velocity, direction, speed = _motion(np.stack([x_t, y_t], axis=1) / scale, clear / fps)
+    path_t2 = np.stack([x_t + columns.start, y_t + rows.start], axis=1) / scale
+    velocity, direction, speed = _motion(path_t2, clear / fps)
     return Seen(
         COLOURS[int(np.argmin(distance_k))] if nearest < NEARER * next_ else None,
         shape,
         direction,
         _nearest(DIAMETER, diameter),
         speed,
-        (float(np.median(x_t)) / scale, float(np.median(y_t)) / scale),
+        tuple(map(float, np.median(path_t2, axis=0))),
         velocity,
         diameter,
         likeness,
@@ -299,7 +303,7 @@ def _background(pixels_thwc: np.ndarray, labels_thw: np.ndarray) -> str | None:
     """By how much it is brighter where stripes would be light, over how much those are."""
     light_hw = stripes(*labels_thw.shape[1:])
     bare_thw = ~_grown(labels_thw >= 0, 3)
-    gray_thw = pixels_thwc.mean(axis=-1)
+    gray_thw = pixels_thwc @ np.full(3, 1 / 3, np.float32)
     light_thw, dark_thw = bare_thw & (light_hw > 0.99), bare_thw & (light_hw < 0.01)
     if not light_thw.any() or not dark_thw.any():
         return None
