@@ -372,8 +372,18 @@ def test_what_is_there_for_a_part_of_the_time_is_not_right(shown):
 
 def test_what_is_missed_in_a_few_frames_is_found():
     film_thwc = frames(alone(BALL), rng())
-    film_thwc[[0, 7, 15]] = background("plain", 128, 128)
-    assert right(alone(BALL), look(film_thwc))["all"]
+    film_thwc[10:14] = background("plain", 128, 128)
+    view = look(film_thwc)
+    assert right(alone(BALL), view)["all"]
+    np.testing.assert_allclose(view.things[0].velocity, (PIXELS_PER_SECOND["fast"], 0), atol=0.5)
+
+
+def test_another_thing_for_a_part_of_the_time_is_not_right():
+    film_thwc = frames(alone(BALL), rng())
+    film_thwc[5:15, 90:110, 10:30] = 44, 106, 240
+    assert not any(right(Scene((BALL,)), look(film_thwc)).values())
+    film_thwc[8:15, 90:110, 10:30] = film_thwc[0, 0, 0]
+    assert right(Scene((BALL,)), look(film_thwc))["all"]  # three frames are nothing
 
 
 def test_two_alike_leave_open_which_one_is_meant():
@@ -382,10 +392,33 @@ def test_two_alike_leave_open_which_one_is_meant():
     assert not any(right(Scene((BALL,)), look(film_thwc)).values())
 
 
-def test_an_oblique_motion_has_no_direction():
+@pytest.mark.parametrize(
+    "covers",
+    [
+        lambda x, y: (np.hypot(x, y) < 18) & (np.hypot(x, y) > 9),
+        lambda x, y: (abs(x) < 24) & (abs(y) < 7),
+        lambda x, y: ((abs(x) < 18) & (abs(y) < 6)) | ((abs(y) < 18) & (abs(x) < 6)),
+        lambda x, y: (y > -12) & (y < 12) & (abs(x) < (12 - y) * 0.6),
+        lambda x, y: np.hypot(x / 1.3, y * 1.3) < 18,
+        lambda x, y: (abs(x) < 17) & (abs(y) < 12),
+    ],
+    ids=["ring", "bar", "cross", "triangle_on_its_tip", "ellipse", "oblong"],
+)
+def test_what_is_none_of_the_shapes_has_no_shape(covers):
+    y, x = np.mgrid[:128, :128] - 60
+    film_thwc = (
+        np.where(covers(x, y)[..., None], (226, 52, 48), background("plain", 128, 128)).astype(np.uint8)[None].repeat(5, 0)
+    )
+    (seen,) = look(film_thwc).things
+    assert (seen.shape, seen.colour, seen.direction) == (None, "red", "still")
+
+
+def test_an_oblique_or_uneven_motion_has_no_direction():
     down = frames(alone(BALL, direction="down"), rng())
-    film_thwc = np.stack([np.roll(frame, 2 * number, axis=1) for number, frame in enumerate(down)])
-    assert look(film_thwc).things[0].direction is None
+    oblique = [np.roll(frame, 2 * number, axis=1) for number, frame in enumerate(down)]
+    there_and_back = [*down[:16], *down[14:5:-1]]
+    for film in (oblique, there_and_back):
+        assert look(np.stack(film)).things[0].direction is None
 
 
 def test_one_frame_tells_all_but_motion():
