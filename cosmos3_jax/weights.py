@@ -100,6 +100,12 @@ def by_path(tree: nnx.State) -> dict[str, Weight]:
     return {_dotted(path): w for path, w in _flat(tree)}
 
 
+def some(network: Network, wanted: Callable[[str], bool]) -> Network:
+    """Those weights of a network whose paths are wanted; the others are needed too for it to be merged."""
+    flat = [(path, w) for path, w in _flat(network.weights) if wanted(_dotted(path))]
+    return Network(network.graph, nnx.from_flat_state(flat))
+
+
 def _flat(tree: nnx.State) -> list[tuple[tuple, Weight]]:
     """The weights and their paths, in the order of these.
 

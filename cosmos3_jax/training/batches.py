@@ -21,6 +21,8 @@ from cosmos3_jax.models.layers import Rotary
 from cosmos3_jax.prompt import pad
 from cosmos3_jax.training.objective import Batch, draw_sigma
 
+EPOCHS = 1 << 30  # nobody waits for the end; grain's own infinity is too much for a batch of one
+
 
 class Example(NamedTuple):
     """A clip and its caption, as they are learned from."""
@@ -76,7 +78,7 @@ def batches(
         grain.MapDataset.source(kind)
         .seed(seed + i)
         .shuffle()
-        .repeat()
+        .repeat(EPOCHS)
         .random_map(lambda example, random: draw(example, random, how, no_caption))
         .batch(size, batch_fn=list)
         for i, kind in enumerate(kinds)

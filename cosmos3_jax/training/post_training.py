@@ -38,7 +38,7 @@ from cosmos3_jax.training.run import Run, Schedule
 from cosmos3_jax.training.settings import Training
 from cosmos3_jax.training.trained import Adapters, Values, Whole, values_of
 from cosmos3_jax.training.update import Optimization, TrainState, begin, update
-from cosmos3_jax.weights import Network
+from cosmos3_jax.weights import Network, some
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,11 +248,19 @@ def prepare(
 ) -> tuple[Whole | Adapters, Values, dict[str, Network]]:
     """What is trained, what it begins with, and the networks that stay as they are."""
     masters, computed = (model.towers(dtype) for dtype in ("float32", model.dtype))
+    parts = TOWERS if settings.train_text_tower else ("gen",)
+
+    def learns(path: str) -> bool:
+        return settings.enable_sound or not path.startswith("sound.")  # else heads without gradients would decay
+
+    def read(part: str, network: Network) -> Network:
+        return load(weights, part, network, progress=progress)
+
     with failures_told("load"):
         if settings.lora_rank is None:
-            parts = TOWERS if settings.train_text_tower else ("gen",)
-            values = values_of({part: load(weights, part, masters[part], progress=progress) for part in parts})
-            frozen = {part: load(weights, part, computed[part], progress=progress) for part in TOWERS if part not in parts}
+            values = values_of({part: read(part, some(masters[part], learns)) for part in parts})
+            rest = {part: some(computed[part], lambda path: not learns(path)) for part in parts}
+            frozen = {part: read(part, rest.get(part, computed[part])) for part in TOWERS}
             return Whole({part: masters[part] for part in parts}, jnp.dtype(model.dtype)), values, frozen
         abstract = abstract_adapters(
             computed,
@@ -262,7 +270,7 @@ def prepare(
             settings.lora_targets or TARGETS,
         )
         start = Adapters.values(random_adapters(abstract, jax.random.key(settings.seed)))
-        frozen = {part: load(weights, part, computed[part], progress=progress) for part in TOWERS}
+        frozen = {part: read(part, computed[part]) for part in TOWERS}
         return Adapters(abstract), start, frozen
 
 

@@ -15,7 +15,7 @@ from cosmos3_jax.lora import Adapter
 from cosmos3_jax.lora_files import write_adapters
 from cosmos3_jax.processes import is_first
 from cosmos3_jax.training.trained import Values
-from cosmos3_jax.weights import Network, by_path
+from cosmos3_jax.weights import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +38,9 @@ class Replaced:
         return self.weights.arrays(store)
 
     def read(self, part: str, network: Network, on_bytes: Callable[[int], object]) -> Iterator[tuple[str, jax.Array]]:
-        if part not in self.values:
-            yield from self.weights.read(part, network, on_bytes)
-            return
-        for path, w in by_path(network.weights).items():
-            yield path, self.values[part][path].astype(w.dtype)
+        trained = self.values.get(part, {})
+        for path, array in self.weights.read(part, network, on_bytes):
+            yield path, trained[path].astype(array.dtype) if path in trained else array
 
 
 def whole(x: jax.Array) -> np.ndarray:

@@ -27,17 +27,18 @@ class Trained(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Whole:
-    """Every weight of some towers."""
+    """The weights of some towers: all that there are values for."""
 
-    graphs: Mapping[str, Network]  # abstract networks of these towers
+    abstract: Mapping[str, Network]  # these towers
     dtype: Any  # that is computed in
 
     def networks(self, values: Values, frozen: Mapping[str, Network]) -> dict[str, Network]:
         made = {}
-        for part, network in self.graphs.items():
+        for part, network in self.abstract.items():
+            fixed = by_path(frozen[part].weights)
 
-            def value(path: str, w: Any, of: dict[str, Any] = values[part]) -> jax.Array:
-                return of[path].astype(jnp.float32 if w.float32 else self.dtype)
+            def value(path: str, w: Any, of: dict[str, Any] = values[part], fixed: Any = fixed) -> jax.Array:
+                return of[path].astype(jnp.float32 if w.float32 else self.dtype) if path in of else fixed[path].get_value()
 
             made[part] = Network(network.graph, map_weights(value, network.weights))
         return {**frozen, **made}
