@@ -1,4 +1,4 @@
-"""Named arrays in a folder, through Orbax (its API v1). The only file that imports it.
+"""Named arrays in a folder, through Orbax (its API v1). The only file that imports it, beside training/saved.py.
 
 Arrays are stored whole and uncompressed, whatever they will be divided over, so that any mesh reads them.
 """

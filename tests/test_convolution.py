@@ -125,3 +125,33 @@ def test_a_bias_for_each_channel(dtype):
         assert with_bias.dtype == dtype
         atol = 1e-5 if dtype == "float32" else 2**-7 * 64  # the sum is rounded again; none is above 64
         np.testing.assert_allclose((with_bias - without).astype(np.float32), np.broadcast_to(bias, without.shape), atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "pad", "stride"),
+    [
+        ((6, 8), 3, SAME, 1),
+        ((6, 8), 3, ((0, 1), (0, 1)), 2),
+        ((7, 9), 3, ((0, 1), (0, 1)), 2),
+        ((5, 7), 2, ((0, 1), (1, 0)), 1),
+    ],
+    ids=str,
+)
+def test_gradients_are_those_of_the_convolution(size, kernel, pad, stride):
+    x, weight, seen = random(3, *size, 4), random(kernel, kernel, 4, 5, seed=1), random(5, seed=2)
+
+    def gradients(way):
+        return jax.grad(lambda x, w: jnp.sum(jnp.sin(way([x], w[None], pad, stride)) * seen), (0, 1))(x, weight)
+
+    for ours, plain in zip(gradients(summed), gradients(side_by_side), strict=True):  # the one has its own, the other jax's
+        np.testing.assert_allclose(ours, plain, atol=2e-5)
+
+
+def test_gradients_in_a_loop_have_the_axes_that_cpus_are_fast_with():
+    weight = jnp.asarray(random(3, 3, 4, 4))
+
+    def total(w, xs):
+        return jax.lax.scan(lambda y, x: (summed([y + x], w[None], SAME), None), xs[0], xs)[0].sum()
+
+    hlo = jax.jit(jax.grad(total)).lower(weight, random(3, 2, 6, 6, 4)).compile().as_text()
+    assert set(re.findall(r"dim_labels=(\w+->\w+)", hlo)) == {"b01f_01io->b01f"}
