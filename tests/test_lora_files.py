@@ -14,12 +14,12 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from convert.folders import convert
 from metrics import errors, random
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from cosmos3_jax import Cosmos3Pipeline, InputError, RunError, dry_run, generate, make_mesh, networks, pipeline
+from cosmos3_jax.conversion import convert
 from cosmos3_jax.flags import file_and_scale
 from cosmos3_jax.lora import Adapter, abstract_adapters
 from cosmos3_jax.lora_files import CONFIG, METADATA, NAMES, check_loras, open_loras, read_adapters, write_adapters
