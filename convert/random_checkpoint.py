@@ -8,6 +8,7 @@ not 1, biases not 0. No torch.
 import argparse
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,7 @@ def sound_json(config: SoundConfig) -> dict[str, object]:
     return about | derived | decoder | {"enc_latent_dim": 2 * config.vocoder_input_dim} | (encoder or {})
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, corpus: Sequence[str] = CORPUS) -> None:
     """A byte-level BPE of 512 tokens, trained on a few sentences; any text can be written with it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -235,7 +236,7 @@ def write_tokenizer(folder: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=TINY.vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}

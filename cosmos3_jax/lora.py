@@ -23,6 +23,7 @@ from cosmos3_jax.weights import Network, Weight, by_path, input_dims, is_stacked
 TOWERS = ("und", "gen")
 MOST = 1_000_000  # of an alpha or a scale
 TARGETS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # the attention of the generating tower
+TEXT_TARGETS = ("to_q", "to_k", "to_v", "to_out")  # that of the text tower
 
 
 @struct.dataclass

@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
         "--lora-targets",
         metavar="NAME",
         nargs="+",
-        help="modules by diffusers' names (add_q_proj add_k_proj add_v_proj to_add_out)",
+        help="modules diffusers' names (the attention of what is trained)",
     )
     add("--seed", metavar="N", type=int, help="of all that is drawn (0)")
     add("--save-every", metavar="N", type=int, help="steps between two states from which a run can go on (500)")

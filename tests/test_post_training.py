@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -18,6 +19,7 @@ from cosmos3_jax import Cosmos3Pipeline, InputError, RunError, make_mesh, result
 from cosmos3_jax.checkpoint import Checkpoint
 from cosmos3_jax.config import TINY_FULL_SOUND
 from cosmos3_jax.errors import StoppedError
+from cosmos3_jax.lora import TARGETS, TEXT_TARGETS
 from cosmos3_jax.prompt import load_tokenizer
 from cosmos3_jax.published import names_of
 from cosmos3_jax.training.clips import find_clips
@@ -155,6 +157,26 @@ def test_adapters_alone_are_trained_and_change_the_video(model, clips, folders, 
     assert not np.allclose(plain, with_them, atol=1e-4)
 
 
+def test_adapters_of_both_towers(model, clips, tmp_path):
+    settings = dataclasses.replace(QUICK, lora_rank=1, train_text_tower=True)
+    names = {
+        name.split(".self_attn.")[1].split(".lora_")[0] for name in load_file(run(model(), clips, settings, tmp_path / "run"))
+    }
+    assert names == {*TARGETS, *TEXT_TARGETS}
+
+
+def test_bfloat16_is_computed_in_and_float32_is_trained(model, clips, tmp_path):
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        made = run(dataclasses.replace(model(), dtype=dtype), clips, QUICK, tmp_path / dtype)
+        found.append((losses(tmp_path / dtype), tensors(made)["layers.0.self_attn.add_q_proj.weight"]))
+    (exact, full), (rounded, half) = found
+    assert exact != rounded
+    np.testing.assert_allclose(rounded, exact, rtol=0.01)
+    assert half.dtype == full.dtype == np.float32
+    assert np.any(half != half.astype(ml_dtypes.bfloat16))  # not rounded on the way
+
+
 def test_sound_is_learned_too(clips, model, tmp_path):
     folder = write_checkpoint(tmp_path / "checkpoint", sound=TINY_FULL_SOUND)
     checkpoint = Checkpoint.open(folder, sound_encoder=True)
@@ -246,6 +268,7 @@ def test_folders_that_cannot_be_learned_from(tmp_path, files, sentence):
         ({"average": 2.0}, "average=2.0: a number from 0 to 1"),
         ({"image_share": 0.7, "clip_share": 0.7}, "at most 1 together"),
         ({"lora_targets": ("to_q",)}, "give lora_rank too"),
+        ({"lora_rank": 2, "lora_targets": ("to_q",), "train_text_tower": True}, "lora_targets name all that is trained"),
         ({"lora_rank": 2, "lora_targets": ("to_x",)}, "'to_x' is no projection"),
         ({"num_frames": 6}, "num_frames=6: one frame and then groups of 4"),
         ({"num_frames": 9}, r"\.mp4: 7 frames at 24 a second, 9 are expected"),

@@ -22,7 +22,7 @@ from cosmos3_jax.checkpoint import Checkpoint, Weights, load
 from cosmos3_jax.config import SoundConfig, SoundEncoderConfig
 from cosmos3_jax.errors import InputError
 from cosmos3_jax.latents import Latents
-from cosmos3_jax.lora import TARGETS, TOWERS, abstract_adapters, random_adapters
+from cosmos3_jax.lora import TARGETS, TEXT_TARGETS, TOWERS, abstract_adapters, random_adapters
 from cosmos3_jax.networks import Networks, Residence, abstract_networks, abstract_sound_encoder
 from cosmos3_jax.pipeline import Cosmos3Pipeline, encode, encode_sound
 from cosmos3_jax.processes import is_first
@@ -267,7 +267,7 @@ def prepare(
             model.checkpoint.transformer,
             settings.lora_rank,
             settings.lora_alpha or settings.lora_rank,
-            settings.lora_targets or TARGETS,
+            settings.lora_targets or (TARGETS + TEXT_TARGETS if settings.train_text_tower else TARGETS),
         )
         start = Adapters.values(random_adapters(abstract, jax.random.key(settings.seed)))
         frozen = {part: read(part, computed[part]) for part in TOWERS}

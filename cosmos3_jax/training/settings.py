@@ -53,10 +53,10 @@ class Training:
     image_share: float = 0.2  # share of clips of which the first frame is given
     clip_share: float = 0.1  # share of clips of which the first two latent frames, five frames, are given
     sound_weight: float = 1.0  # of the sound's loss beside the video's
-    train_text_tower: bool = False
+    train_text_tower: bool = False  # too
     lora_rank: int | None = None
     lora_alpha: float | None = None  # None: the rank
-    lora_targets: Sequence[str] = ()  # none: the attention of the generating tower (lora.py)
+    lora_targets: Sequence[str] = ()  # none: the attention of what is trained (lora.py)
     seed: int = 0  # of the order of clips, the noise and all else that is drawn
     save_every: int = 500  # steps
     sample_every: int = 500  # steps
@@ -77,6 +77,8 @@ class Training:
             values["lora_rank"] = _whole("lora_rank", self.lora_rank, 1)
         elif self.lora_targets or self.lora_alpha is not None:
             raise InputError("lora_targets and lora_alpha are for adapters: give lora_rank too, or leave them out")
+        if self.lora_targets and self.train_text_tower:
+            raise InputError("lora_targets name all that is trained: leave train_text_tower out, and name to_q, ... too")
         if values["image_share"] + values["clip_share"] > 1:
             raise InputError(f"image_share={self.image_share} and clip_share={self.clip_share}: at most 1 together is expected")
         return dataclasses.replace(self, **values)

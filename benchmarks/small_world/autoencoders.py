@@ -1,0 +1,136 @@
+"""The small world's VAE and sound tokenizer, from random weights: what they make of a clip is to be like it.
+
+Their networks are those of generation (cosmos3_jax/models), which run one clip; here it is a batch of them, and the latents are
+drawn as the encoder says, so that what is near a latent decodes alike.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.small_world.film import CLIP, frames, sound
+from benchmarks.small_world.scene import draw_scene
+from cosmos3_jax.config import SoundConfig
+from cosmos3_jax.models.vae import VAE, fold, stream, unfold
+from cosmos3_jax.weights import Network
+
+T = TypeVar("T")
+CROP, FRAMES = 64, 9  # pixels and frames of what the VAE is trained on
+KL = 1e-4  # how much a latent's place counts beside the picture
+NOISE, PEAK = 0.05, 0.48  # added to sound latents; of a sound's samples, as film.py has them
+AVERAGE = 0.998  # of the weights: what each step keeps of their moving average
+
+
+def fit(
+    networks: T, loss: Callable[[T, Any, jax.Array], jax.Array], batches: Iterator[Any], steps: int, rate: float, *, name: str
+) -> T:
+    """The networks, one or a dict of them, with weights for which `loss(networks, batch, key)` is small; averaged at the end.
+
+    `rate` is the highest learning rate.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(0, rate, min(100, steps // 4), steps, rate / 50)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
+
+    @jax.jit
+    def step(networks: T, average: T, moments: Any, batch: Any, key: jax.Array) -> tuple[T, T, Any, jax.Array]:
+        value, gradient = jax.value_and_grad(loss)(networks, batch, key)
+        updates, moments = optimizer.update(gradient, moments, networks)
+        networks = optax.apply_updates(networks, updates)
+        return networks, optax.incremental_update(networks, average, 1 - AVERAGE), moments, value
+
+    average, moments, keys, values = networks, optimizer.init(networks), jax.random.key(0), []
+    start = time.perf_counter()
+    for i in range(steps):
+        networks, average, moments, value = step(networks, average, moments, next(batches), jax.random.fold_in(keys, i))
+        values.append(float(value))
+        if (i + 1) % 100 == 0 or i + 1 == steps:
+            seconds = time.perf_counter() - start
+            print(f"{name}: step {i + 1} of {steps}, loss {np.mean(values[-100:]):.5f}, {seconds:.0f} s", flush=True)
+    return average
+
+
+def crops(size: int, seed: int) -> Iterator[np.ndarray]:
+    """Batches of parts of films, float32 [size, t, h, w, 3] in [-1, 1], most with a thing in them."""
+    random = np.random.default_rng(seed)
+    while True:
+        yield np.stack([_crop(random) for _ in range(size)])
+
+
+def _crop(random: np.random.Generator) -> np.ndarray:
+    film_thwc = frames(draw_scene(random), random, CLIP)
+    start = int(random.integers(CLIP.num_frames - FRAMES + 1))
+    part = film_thwc[start : start + FRAMES]
+    coloured = np.argwhere(np.ptp(part[0].astype(int), axis=-1) > 24)  # (y, x); the grays are not
+    where = coloured[random.integers(len(coloured))] if len(coloured) and random.random() < 0.8 else (0, 0)
+    top, left = (
+        int(np.clip(at - random.integers(CROP), 0, side - CROP))
+        for at, side in zip(where, (CLIP.height, CLIP.width), strict=True)
+    )
+    return part[:, top : top + CROP, left : left + CROP].astype(np.float32) / 127.5 - 1
+
+
+def vae_loss(network: Network, pixels_bthwc: jax.Array, key: jax.Array) -> jax.Array:
+    """How far clips are from what becomes of them, and latents from a normal distribution."""
+
+    def one(pixels_thwc: jax.Array, key: jax.Array) -> jax.Array:
+        vae: VAE = network.merge()
+        config = vae.config
+        moments = vae.quant_conv(stream(vae.encoder, fold(pixels_thwc, config.patch_size), config.scale_factor_temporal))[0]
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        log_variance = jnp.clip(log_variance, -20, 10)
+        z = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+
+        def decoder(z: jax.Array, past: Any) -> tuple[jax.Array, Any]:
+            y, past = vae.decoder(z, past)
+            return unfold(y, config.patch_size), past
+
+        off = stream(decoder, vae.post_quant_conv(z)[0], 1) - pixels_thwc
+        distance = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance)
+        return jnp.mean(jnp.abs(off)) + 2 * jnp.mean(jnp.square(off)) + KL * distance
+
+    return jnp.mean(jax.vmap(one)(pixels_bthwc, jax.random.split(key, len(pixels_bthwc))))
+
+
+def psnr(network: Network, clips: Iterable[np.ndarray]) -> list[float]:
+    """Of the worst frame of each clip [t, h, w, 3] in [-1, 1], beside what becomes of it, in decibels."""
+    through = jax.jit(lambda network, pixels: network.merge().decode(network.merge().encode(pixels), lambda frames: frames))
+    found = []
+    for pixels in clips:
+        off = np.square(np.asarray(through(network, pixels)) - pixels).mean(axis=(1, 2, 3)) / 4
+        found.append(-10 * float(np.log10(off.max())))
+    return found
+
+
+def tones(size: int, samples: int, config: SoundConfig, seed: int) -> Iterator[np.ndarray]:
+    """Batches of the sounds of scenes, float32 [size, n, channels]: at any volume, for the encoder takes that away."""
+    random = np.random.default_rng(seed)
+    while True:
+        waves = [sound(draw_scene(random), samples, config.sampling_rate, config.dec_out_channels).T for _ in range(size)]
+        yield np.stack([wave * np.float32(random.uniform(0.5, 1.9)) for wave in waves])
+
+
+def sound_loss(networks: dict[str, Network], wave_bnc: jax.Array, key: jax.Array) -> jax.Array:
+    """How far sounds are from what becomes of them, sample by sample and in their spectra."""
+
+    def one(wave_nc: jax.Array, key: jax.Array) -> jax.Array:
+        encoder, decoder = networks["encoder"].merge(), networks["decoder"].merge()
+        z = encoder.encode(wave_nc)
+        z += NOISE * jax.random.normal(key, z.shape)
+        wave_nc = wave_nc / jnp.abs(wave_nc).max() * PEAK  # as the encoder hears it
+        heard_nc = decoder.decode(z)
+        off = jnp.mean(jnp.abs(heard_nc - wave_nc)) + jnp.mean(jnp.abs(_spectra(heard_nc) - _spectra(wave_nc)))
+        return off + 1e-3 * jnp.mean(jnp.square(z))
+
+    return jnp.mean(jax.vmap(one)(wave_bnc, jax.random.split(key, len(wave_bnc))))
+
+
+def _spectra(wave_nc: jax.Array) -> jax.Array:
+    """How loud each frequency is, in windows of 1,024 samples."""
+    count = len(wave_nc) // 1024
+    windows = wave_nc[: count * 1024].reshape(count, 1024, -1) * np.hanning(1024)[:, None].astype(np.float32)
+    return jnp.abs(jnp.fft.rfft(windows, axis=1)) / 16
