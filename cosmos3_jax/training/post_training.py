@@ -1,6 +1,6 @@
 """The order of things in training, from clips to a checkpoint.
 
-clips.find_clips -> latent_cache (VAE, sound encoder; once a clip) -> batches -> update, step by step -> results
+    clips.find_clips -> latent_cache (VAE, sound encoder; once a clip) -> batches -> update, step by step -> results
 """
 
 import dataclasses
@@ -83,6 +83,7 @@ def post_train(
     """
     settings, weights = settings.checked(), model.weights()
     asked = request_of(model, clips, settings)
+    run = Run(out, about(model, clips, settings))
     with jax.set_mesh(model.mesh), jax.default_matmul_precision("highest" if model.dtype == "float32" else None):
         kinds = examples(model, clips, asked, weights, cache, check=check, progress=progress)
         trained, values, frozen = prepare(model, settings, weights, progress=progress)
@@ -91,7 +92,6 @@ def post_train(
         step = update(trained, how, state, train_und=trains_und(values), sound_weight=settings.sound_weight)
         size, nothing = settings.batch_size * settings.accumulate, tokenize(model.tokenizer, "")
         data = batches(kinds, size, settings.seed, draws(asked, settings), nothing)
-        run = Run(out, about(model, clips, settings))
         state = run.resume(state, data)
         bucket = max(len(ids) for kind in kinds for ids in (nothing, *kind.ids))
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from cosmos3_jax.errors import InputError, RunError, StoppedError
 from cosmos3_jax.processes import is_first
+from cosmos3_jax.stage import failures_told
 from cosmos3_jax.training.objective import Batch
 from cosmos3_jax.training.saved import Saved
 from cosmos3_jax.training.update import Progress, TrainState, Update
@@ -101,9 +102,10 @@ class Run:
                     self.save(state, data)
                     raise
                 start = time.perf_counter()
-                state, found = update(state, frozen, batch_of(next(data)))
-                done += 1
-                teller.later(done, start, found)
+                with failures_told("train"):
+                    state, found = update(state, frozen, batch_of(next(data)))
+                    done += 1
+                    teller.later(done, start, found)
                 saves, samples = (done == schedule.steps or done % n == 0 for n in (schedule.save_every, schedule.sample_every))
                 if saves or samples:
                     teller.wait()
