@@ -1,6 +1,6 @@
 """The order of things in training, from clips to a checkpoint.
 
-    clips.find_clips -> latent_cache (VAE, sound encoder; once a clip) -> batches -> update, step by step -> results
+clips.find_clips -> latent_cache (VAE, sound encoder; once a clip) -> batches -> update, step by step -> results
 """
 
 import dataclasses
