@@ -75,8 +75,10 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def contents(made: Path) -> dict[str, bytes]:
-    files = [made] if made.is_file() else [path for path in made.rglob("*") if path.is_file()]
-    return {str(path.relative_to(made)): path.read_bytes() for path in files}
+    """Files of a folder; of adapters the tensors, for the library writes two metadata in any order."""
+    if made.is_file():
+        return {name: x.tobytes() for name, x in load_file(made).items()}
+    return {str(path.relative_to(made)): path.read_bytes() for path in made.rglob("*") if path.is_file()}
 
 
 def stop_before(step: int):
