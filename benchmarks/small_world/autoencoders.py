@@ -1,11 +1,12 @@
 """The small world's VAE and sound tokenizer, from random weights: what they make of a clip is to be like it.
 
-Their networks are those of generation (cosmos3_jax/models), which run one clip; here it is a batch of them, and the latents are
-drawn as the encoder says, so that what is near a latent decodes alike.
+Their networks are those of generation (cosmos3_jax/models), which run one clip; here it is a batch of them.
 """
 
+import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -21,44 +22,59 @@ from cosmos3_jax.weights import Network
 
 T = TypeVar("T")
 CROP, FRAMES = 64, 9  # pixels and frames of what the VAE is trained on
-KL = 1e-4  # how much a latent's place counts beside the picture
-NOISE, PEAK = 0.05, 0.48  # added to sound latents; of a sound's samples, as film.py has them
+NEAR = 1e-4  # how much a latent's size counts beside the picture
+EVERY = 250  # steps from one file to the next
+VAE_NOISE, NOISE = 0.1, 0.05  # added to latents of the VAE, and of sound, so that what is near one decodes alike
+PEAK = 0.48  # of a sound's samples, as film.py has them
 AVERAGE = 0.998  # of the weights: what each step keeps of their moving average
 
 
 def fit(
-    networks: T, loss: Callable[[T, Any, jax.Array], jax.Array], batches: Iterator[Any], steps: int, rate: float, *, name: str
+    networks: T,
+    loss: Callable[[T, Any, jax.Array], jax.Array],
+    batch_of: Callable[[int], Any],
+    steps: int,
+    rate: float,
+    *,
+    kept: Path,
 ) -> T:
     """The networks, one or a dict of them, with weights for which `loss(networks, batch, key)` is small; averaged at the end.
 
-    `rate` is the highest learning rate.
+    `rate` is the highest learning rate, `batch_of(i)` what step i learns from. `kept` is a file from which a run that was
+    stopped goes on.
     """
     schedule = optax.warmup_cosine_decay_schedule(0, rate, min(100, steps // 4), steps, rate / 50)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
 
     @jax.jit
-    def step(networks: T, average: T, moments: Any, batch: Any, key: jax.Array) -> tuple[T, T, Any, jax.Array]:
+    def step(networks: T, average: T, moments: Any, batch: Any, key: jax.Array) -> tuple[tuple[T, T, Any], jax.Array]:
         value, gradient = jax.value_and_grad(loss)(networks, batch, key)
         updates, moments = optimizer.update(gradient, moments, networks)
         networks = optax.apply_updates(networks, updates)
-        return networks, optax.incremental_update(networks, average, 1 - AVERAGE), moments, value
+        return (networks, optax.incremental_update(networks, average, 1 - AVERAGE), moments), value
 
-    average, moments, keys, values = networks, optimizer.init(networks), jax.random.key(0), []
-    start = time.perf_counter()
-    for i in range(steps):
-        networks, average, moments, value = step(networks, average, moments, next(batches), jax.random.fold_in(keys, i))
+    state, keys, values, start = (networks, networks, optimizer.init(networks)), jax.random.key(0), [], time.perf_counter()
+    leaves, tree = jax.tree.flatten(state)
+    done = 0
+    if kept.exists():
+        done, leaves = pickle.loads(kept.read_bytes())
+        state = jax.tree.unflatten(tree, leaves)
+    for i in range(done, steps):
+        state, value = step(*state, batch_of(i), jax.random.fold_in(keys, i))
         values.append(float(value))
-        if (i + 1) % 100 == 0 or i + 1 == steps:
+        if (i + 1) % EVERY == 0 or i + 1 == steps:
+            partial = kept.with_suffix(".partial")
+            partial.write_bytes(pickle.dumps((i + 1, jax.tree.map(np.asarray, jax.tree.leaves(state)))))
+            partial.rename(kept)
             seconds = time.perf_counter() - start
-            print(f"{name}: step {i + 1} of {steps}, loss {np.mean(values[-100:]):.5f}, {seconds:.0f} s", flush=True)
-    return average
+            print(f"{kept.stem}: step {i + 1} of {steps}, loss {np.mean(values[-EVERY:]):.5f}, {seconds:.0f} s", flush=True)
+    return state[1]
 
 
-def crops(size: int, seed: int) -> Iterator[np.ndarray]:
-    """Batches of parts of films, float32 [size, t, h, w, 3] in [-1, 1], most with a thing in them."""
-    random = np.random.default_rng(seed)
-    while True:
-        yield np.stack([_crop(random) for _ in range(size)])
+def crops(size: int, seed: int, step: int) -> np.ndarray:
+    """Parts of films, float32 [size, t, h, w, 3] in [-1, 1], most with a thing in them."""
+    random = np.random.default_rng([seed, step])
+    return np.stack([_crop(random) for _ in range(size)])
 
 
 def _crop(random: np.random.Generator) -> np.ndarray:
@@ -75,23 +91,21 @@ def _crop(random: np.random.Generator) -> np.ndarray:
 
 
 def vae_loss(network: Network, pixels_bthwc: jax.Array, key: jax.Array) -> jax.Array:
-    """How far clips are from what becomes of them, and latents from a normal distribution."""
+    """How far clips are from what becomes of them, and a little how far latents are from 0."""
 
     def one(pixels_thwc: jax.Array, key: jax.Array) -> jax.Array:
         vae: VAE = network.merge()
         config = vae.config
         moments = vae.quant_conv(stream(vae.encoder, fold(pixels_thwc, config.patch_size), config.scale_factor_temporal))[0]
-        mean, log_variance = jnp.split(moments, 2, axis=-1)
-        log_variance = jnp.clip(log_variance, -20, 10)
-        z = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+        mean = moments[..., : config.z_dim]
 
         def decoder(z: jax.Array, past: Any) -> tuple[jax.Array, Any]:
             y, past = vae.decoder(z, past)
             return unfold(y, config.patch_size), past
 
+        z = mean + VAE_NOISE * jax.random.normal(key, mean.shape)  # of a deviation that is learned, nothing is for long
         off = stream(decoder, vae.post_quant_conv(z)[0], 1) - pixels_thwc
-        distance = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance)
-        return jnp.mean(jnp.abs(off)) + 2 * jnp.mean(jnp.square(off)) + KL * distance
+        return jnp.mean(jnp.abs(off)) + 2 * jnp.mean(jnp.square(off)) + NEAR * jnp.mean(jnp.square(mean))
 
     return jnp.mean(jax.vmap(one)(pixels_bthwc, jax.random.split(key, len(pixels_bthwc))))
 
@@ -106,12 +120,11 @@ def psnr(network: Network, clips: Iterable[np.ndarray]) -> list[float]:
     return found
 
 
-def tones(size: int, samples: int, config: SoundConfig, seed: int) -> Iterator[np.ndarray]:
-    """Batches of the sounds of scenes, float32 [size, n, channels]: at any volume, for the encoder takes that away."""
-    random = np.random.default_rng(seed)
-    while True:
-        waves = [sound(draw_scene(random), samples, config.sampling_rate, config.dec_out_channels).T for _ in range(size)]
-        yield np.stack([wave * np.float32(random.uniform(0.5, 1.9)) for wave in waves])
+def tones(size: int, samples: int, config: SoundConfig, seed: int, step: int) -> np.ndarray:
+    """The sounds of scenes, float32 [size, n, channels]: at any volume, for the encoder takes that away."""
+    random = np.random.default_rng([seed, step])
+    waves = [sound(draw_scene(random), samples, config.sampling_rate, config.dec_out_channels).T for _ in range(size)]
+    return np.stack([wave * np.float32(random.uniform(0.5, 1.9)) for wave in waves])
 
 
 def sound_loss(networks: dict[str, Network], wave_bnc: jax.Array, key: jax.Array) -> jax.Array:

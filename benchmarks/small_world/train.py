@@ -6,6 +6,7 @@ finished is kept in WORK, so that the same command goes on where it was stopped.
 
 import argparse
 import dataclasses
+import functools
 import json
 import pickle
 import shutil
@@ -60,7 +61,7 @@ SOUND_CONFIG = dataclasses.replace(
 class Plan:
     """How much of everything."""
 
-    vae_steps: int = 5000  # of VAE_BATCH crops
+    vae_steps: int = 8000
     sound_steps: int = 1500
     examples: int = 20_000  # films, encoded once
     images: int = 2_000  # of one frame
@@ -69,8 +70,8 @@ class Plan:
 
 
 QUICK = Plan(vae_steps=2, sound_steps=2, examples=8, images=4, steps=2, batch_size=2)
-VAE_BATCH, SOUND_BATCH, SOUND_LATENTS = 8, 8, 10
-VAE_RATE, SOUND_RATE, RATE = 2e-3, 2e-3, 1.5e-3  # learning rates, the highest
+VAE_BATCH, SOUND_BATCH, SOUND_LATENTS = 4, 8, 10
+VAE_RATE, SOUND_RATE, RATE = 3e-3, 2e-3, 1.5e-3  # learning rates, the highest
 DRAWS = Draws(flow_shift=3.0, caption_dropout=0.1, image_share=0.2, clip_share=0.05)
 
 Values = dict[str, Any]
@@ -114,9 +115,9 @@ def main(argv: list[str] | None = None) -> None:
     plan, work = QUICK if arguments.quick else Plan(), Work(folder)
     if not (folder / "text_tokenizer").exists():
         write_tokenizer(folder / "text_tokenizer", list(texts(5000)))
-    vae, (mean, std) = work.stage("vae", lambda: train_vae(plan))
+    vae, (mean, std) = work.stage("vae", lambda: train_vae(plan, folder))
     config = dataclasses.replace(VAE_CONFIG, latents_mean=tuple(mean), latents_std=tuple(std))
-    sound = work.stage("sound", lambda: train_sound(plan))
+    sound = work.stage("sound", lambda: train_sound(plan, folder))
     latents = work.stage("latents", lambda: encode(plan, config, vae, sound))
     towers = train_transformer(plan, folder, latents)
     networks = {"vae": vae, "sound": sound["decoder"], "sound_encoder": sound["encoder"], **towers}
@@ -151,22 +152,23 @@ def filled(module: nnx.Module, weights: Values) -> Network:
     return Network(network.graph, map_weights(lambda path, _: jnp.asarray(weights[path]), network.weights))
 
 
-def train_vae(plan: Plan) -> tuple[Values, Any]:
+def train_vae(plan: Plan, folder: Path) -> tuple[Values, Any]:
     """The VAE's weights, and the mean and the deviation of its latents, a number for each channel."""
-    crops = autoencoders.crops(VAE_BATCH, seed=1)
-    vae = fit(fresh(VAE(VAE_CONFIG), 1), autoencoders.vae_loss, crops, plan.vae_steps, VAE_RATE, name="vae")
+    crops = functools.partial(autoencoders.crops, VAE_BATCH, 1)
+    vae = fit(fresh(VAE(VAE_CONFIG), 1), autoencoders.vae_loss, crops, plan.vae_steps, VAE_RATE, kept=folder / "vae.fit")
     films = [film for _, _, film in scenes(64, seed=2)]
     encoded = np.concatenate([np.asarray(encode_clip(vae, pixels(film))).reshape(-1, VAE_CONFIG.z_dim) for film in films])
     print("vae: psnr of the worst frame of each film, dB:", np.round(sorted(autoencoders.psnr(vae, map(pixels, films))), 1))
     return values(vae), [np.round(x, 4).tolist() for x in (encoded.mean(axis=0), encoded.std(axis=0))]
 
 
-def train_sound(plan: Plan) -> dict[str, Values]:
+def train_sound(plan: Plan, folder: Path) -> dict[str, Values]:
     """The weights of the sound tokenizer."""
     assert SOUND_CONFIG.encoder is not None
     networks = {"encoder": fresh(SoundEncoder(SOUND_CONFIG.encoder), 2), "decoder": fresh(SoundDecoder(SOUND_CONFIG), 3)}
-    tones = autoencoders.tones(SOUND_BATCH, SOUND_LATENTS * SOUND_CONFIG.samples_per_latent, SOUND_CONFIG, seed=3)
-    networks = fit(networks, autoencoders.sound_loss, tones, plan.sound_steps, SOUND_RATE, name="sound")
+    samples = SOUND_LATENTS * SOUND_CONFIG.samples_per_latent
+    tones = functools.partial(autoencoders.tones, SOUND_BATCH, samples, SOUND_CONFIG, 3)
+    networks = fit(networks, autoencoders.sound_loss, tones, plan.sound_steps, SOUND_RATE, kept=folder / "sound.fit")
     return {part: values(network) for part, network in networks.items()}
 
 

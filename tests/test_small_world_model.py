@@ -1,0 +1,73 @@
+"""How the small world's model is trained and written; the training itself takes an hour, and is no test."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.small_world import autoencoders, train
+from cosmos3_jax.axes import make_mesh
+from cosmos3_jax.checkpoint import BUILT_IN, Checkpoint, load
+from cosmos3_jax.networks import abstract_networks, abstract_sound_encoder
+
+
+def quadratic(x, batch, key):
+    return jnp.mean(jnp.square(x["a"] - batch + 0.01 * jax.random.normal(key)))
+
+
+def draw(step: int) -> np.ndarray:
+    return np.random.default_rng(step).standard_normal(4).astype(np.float32) + 3
+
+
+def test_a_fit_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(autoencoders, "EVERY", 7)
+    start = {"a": jnp.zeros(4)}
+    whole = autoencoders.fit(start, quadratic, draw, 40, 0.3, kept=tmp_path / "whole.fit")
+
+    def stops(step: int) -> np.ndarray:
+        if step == 17:
+            raise KeyboardInterrupt
+        return draw(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        autoencoders.fit(start, quadratic, stops, 40, 0.3, kept=tmp_path / "stopped.fit")
+    began = []
+    gone_on = autoencoders.fit(
+        start, quadratic, lambda step: began.append(step) or draw(step), 40, 0.3, kept=tmp_path / "stopped.fit"
+    )
+    assert began[0] == 14
+    assert np.array_equal(gone_on["a"], whole["a"])
+    assert np.any(np.asarray(whole["a"]) > 0.1)  # on the way to 3; the average of the weights is slow
+
+
+def test_what_is_written_is_what_was_trained(tmp_path):
+    modules = {
+        "und": train.UndTower(train.TRANSFORMER_CONFIG),
+        "gen": train.GenTower(train.TRANSFORMER_CONFIG),
+        "vae": train.VAE(train.VAE_CONFIG),
+        "sound": train.SoundDecoder(train.SOUND_CONFIG),
+        "sound_encoder": train.SoundEncoder(train.SOUND_CONFIG.encoder),
+    }
+    trained = {part: train.values(train.fresh(module, seed)) for seed, (part, module) in enumerate(modules.items())}
+    train.write(tmp_path / "made", train.VAE_CONFIG, trained, BUILT_IN / "text_tokenizer")
+    checkpoint = Checkpoint.open(tmp_path / "made", sound_encoder=True)
+    mesh, sound = make_mesh(), checkpoint.sound
+    networks = abstract_networks(checkpoint.transformer, checkpoint.vae, mesh, "float32", sound).by_name()
+    networks["sound_encoder"] = abstract_sound_encoder(sound.encoder, mesh)
+    weights = checkpoint.audited(networks)
+    for part, network in networks.items():
+        read = train.values(load(weights, part, network))
+        assert read.keys() == trained[part].keys()
+        for path, expected in trained[part].items():
+            np.testing.assert_allclose(read[path], expected, rtol=0.02, atol=1e-6, err_msg=path)  # bfloat16, twice in a norm
+    assert sum(file.stat().st_size for file in (tmp_path / "made").rglob("*") if file.is_file()) < 12e6
+
+
+def test_crops_are_of_the_things_mostly():
+    crops = autoencoders.crops(40, seed=0, step=0)
+    assert crops.shape == (40, autoencoders.FRAMES, autoencoders.CROP, autoencoders.CROP, 3)
+    assert np.abs(crops).max() <= 1
+    assert np.array_equal(crops, autoencoders.crops(40, seed=0, step=0))
+    assert not np.array_equal(crops, autoencoders.crops(40, seed=0, step=1))
+    coloured = np.ptp(crops, axis=-1).max(axis=(1, 2, 3)) > 0.5
+    assert coloured.mean() > 0.5
