@@ -11,7 +11,7 @@ import json
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,10 @@ from cosmos3_jax.models.vae import VAE
 from cosmos3_jax.prompt import Metadata, load_tokenizer, native_texts, tokenize
 from cosmos3_jax.published import FOLDER_OF, disarrange, names_of
 from cosmos3_jax.safetensors_files import STEM, write_tensors
-from cosmos3_jax.training.batches import Draws, Example, batches, collate, put
+from cosmos3_jax.training.batches import Drawn, Draws, Example, batches, collate, put
 from cosmos3_jax.training.run import Run, Schedule
 from cosmos3_jax.training.trained import Whole, values_of
-from cosmos3_jax.training.update import Optimization, begin, update
+from cosmos3_jax.training.update import Optimization, Progress, TrainState, begin, update
 from cosmos3_jax.weights import Network, by_path, is_stacked, map_weights, random_weights, some, split
 
 TRANSFORMER_CONFIG = dataclasses.replace(
@@ -240,15 +240,13 @@ def train_transformer(plan: Plan, folder: Path, latents: dict[str, Any]) -> dict
     data = batches(kinds, plan.batch_size, 8, DRAWS, nothing)
     bucket = max(len(example.ids) for kind in kinds for example in kind)
     run = Run(folder / "run", {"plan": dataclasses.asdict(plan)})
+    compiled = update(trained, how, state, train_und=True)
+
+    def step(state: TrainState, rows: Sequence[Drawn]) -> tuple[TrainState, Progress]:
+        return compiled(state, empty, put([collate(rows, TRANSFORMER_CONFIG, CLIP.fps, bucket)], mesh))
+
     with jax.set_mesh(mesh):
-        state = run.go(
-            run.resume(state, data),
-            data,
-            update(trained, how, state, train_und=True),
-            empty,
-            lambda rows: put([collate(rows, TRANSFORMER_CONFIG, CLIP.fps, bucket)], mesh),
-            Schedule(plan.steps),
-        )
+        state = run.go(run.resume(state, data), data, step, Schedule(plan.steps))
     assert state.average is not None
     return state.average
 

@@ -30,14 +30,14 @@ from cosmos3_jax.prompt import MOST_TOKENS, Metadata, texts, tokenize
 from cosmos3_jax.request import Request, ResolvedRequest, resolve
 from cosmos3_jax.stage import failures_told
 from cosmos3_jax.training import latent_cache
-from cosmos3_jax.training.batches import Draws, Example, batches, collate, put
+from cosmos3_jax.training.batches import Drawn, Draws, Example, batches, collate, put
 from cosmos3_jax.training.clips import Clip, frames
 from cosmos3_jax.training.latent_cache import LatentCache
 from cosmos3_jax.training.results import write_folder, write_lora
 from cosmos3_jax.training.run import Run, Schedule
 from cosmos3_jax.training.settings import Training
 from cosmos3_jax.training.trained import Adapters, Values, Whole, values_of
-from cosmos3_jax.training.update import Optimization, TrainState, begin, update
+from cosmos3_jax.training.update import Optimization, Progress, TrainState, begin, update
 from cosmos3_jax.weights import Network, some
 
 
@@ -89,22 +89,23 @@ def post_train(
         trained, values, frozen = prepare(model, settings, weights, progress=progress)
         how = optimization(settings)
         state = begin(values, how, model.mesh)
-        step = update(trained, how, state, train_und=trains_und(values), sound_weight=settings.sound_weight)
+        compiled = update(trained, how, state, train_und=trains_und(values), sound_weight=settings.sound_weight)
         size, nothing = settings.batch_size * settings.accumulate, tokenize(model.tokenizer, "")
         data = batches(kinds, size, settings.seed, draws(asked, settings), nothing)
         state = run.resume(state, data)
         bucket = max(len(ids) for kind in kinds for ids in (nothing, *kind.ids))
 
-        def batch_of(rows: Sequence[Any]) -> Any:
+        def step(state: TrainState, rows: Sequence[Drawn]) -> tuple[TrainState, Progress]:
             parts = [rows[i :: settings.accumulate] for i in range(settings.accumulate)]
-            return put([collate(part, model.checkpoint.transformer, settings.fps, bucket) for part in parts], model.mesh)
+            batches = [collate(part, model.checkpoint.transformer, settings.fps, bucket) for part in parts]
+            return compiled(state, frozen, put(batches, model.mesh))
 
         def sample(state: TrainState, folder: Path) -> None:
             networks = trained.networks(kept(state), frozen)
             show(model, weights, networks, asked, settings.sample_prompts, folder)
 
         schedule = Schedule(settings.steps, settings.save_every, settings.sample_every)
-        state = run.go(state, data, step, frozen, batch_of, schedule, sample=sample, check=check, progress=progress)
+        state = run.go(state, data, step, schedule, sample=sample, check=check, progress=progress)
     return write(out, model, trained, kept(state))
 
 

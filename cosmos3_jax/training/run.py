@@ -22,10 +22,8 @@ from tqdm import tqdm
 from cosmos3_jax.errors import InputError, RunError, StoppedError
 from cosmos3_jax.processes import is_first
 from cosmos3_jax.stage import failures_told
-from cosmos3_jax.training.objective import Batch
 from cosmos3_jax.training.saved import Saved
-from cosmos3_jax.training.update import Progress, TrainState, Update
-from cosmos3_jax.weights import Network
+from cosmos3_jax.training.update import Progress, TrainState
 
 log = logging.getLogger(__name__)
 COLUMNS = ("step", "loss", "video", "sound", "gradient_norm", "learning_rate", "seconds")
@@ -79,18 +77,17 @@ class Run:
         self,
         state: TrainState,
         data: Place,
-        update: Update,
-        frozen: Mapping[str, Network],
-        batch_of: Callable[[Any], Batch],
+        step: Callable[[TrainState, Any], tuple[TrainState, Progress]],
         schedule: Schedule,
         *,
         sample: Callable[[TrainState, Path], None] = lambda state, folder: None,
         check: Callable[[], None] = lambda: None,
         progress: bool = True,
     ) -> TrainState:
-        """The state after all steps. `check` is called before each, and may raise StoppedError: then the run is saved first.
+        """The state after all steps, each made by `step(state, next(data))`.
 
-        `sample(state, folder)` is called every so many steps. Raises RunError where the loss is no number.
+        `check` is called before each, and may raise StoppedError: then the run is saved first. `sample(state, folder)` is
+        called every so many steps. Raises RunError where the loss is no number.
         """
         done = int(state.step)
         with contextlib.closing(Teller(self.folder / "log.csv", done, schedule.steps, visible=progress)) as teller:
@@ -103,7 +100,7 @@ class Run:
                     raise
                 start = time.perf_counter()
                 with failures_told("train"):
-                    state, found = update(state, frozen, batch_of(next(data)))
+                    state, found = step(state, next(data))
                     done += 1
                     teller.later(done, start, found)
                 saves, samples = (done == schedule.steps or done % n == 0 for n in (schedule.save_every, schedule.sample_every))
