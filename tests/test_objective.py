@@ -78,5 +78,5 @@ def test_gradients_are_those_of_the_reference(folders, family, sound):
                 continue
             theirs = reference_gradient.pop(name)
             apart = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-            assert apart < 1e-5, name  # 3e-6 at most: float32, added in another order
+            assert apart < 1e-5, name  # 4.5e-6 at most: float32, added in another order
     assert not any(left.any() for left in reference_gradient.values())  # of what we do not load: it reaches no output
