@@ -12,7 +12,6 @@ import functools
 import json
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from cosmos3_jax.batch import Batch
 from cosmos3_jax.checkpoint import BUILT_IN, Checkpoint
 from cosmos3_jax.config import PRESETS, SOUND_TOKENIZER, UNIPC, WAN_VAE
 from cosmos3_jax.dry_run import dry_run
-from cosmos3_jax.errors import Cosmos3Error, DeviceError, InputError, OutOfMemoryError, StoppedError
+from cosmos3_jax.errors import InputError, OutOfMemoryError
 from cosmos3_jax.estimate import TEXT_TOKENS, Job, virtual_devices
 from cosmos3_jax.lora_files import open_loras
 from cosmos3_jax.output_folder import OutputFolder
@@ -46,28 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; the exit code: that of the error, 0, or 1 where some of many requests failed."""
     arguments = flags.parser().parse_args(argv)
     with console.speaking(verbose=arguments.verbose, quiet=arguments.quiet):
-        try:
-            return _command(arguments)(arguments)
-        except KeyboardInterrupt:
-            return _end(StoppedError("stopped by SIGINT"))
-        except Cosmos3Error as error:
-            if arguments.verbose:
-                traceback.print_exc()
-            if processes.are_several() and isinstance(error, DeviceError):
-                log.error("this process ends, and with it the others")
-            return _end(error)
-        except BaseException as error:
-            if processes.are_several():
-                traceback.print_exc()
-                log.error("this process ends, and with it the others: %r", error)
-                processes.leave(1)
-            raise
-
-
-def _end(error: Cosmos3Error) -> int:
-    log.error("%s", error)
-    processes.leave(error.exit_code)
-    return error.exit_code
+        return console.ending(lambda: _command(arguments)(arguments), verbose=arguments.verbose)
 
 
 def _command(arguments: argparse.Namespace) -> Callable[[argparse.Namespace], int]:

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from cosmos3_jax import console, processes
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.checkpoint import Checkpoint
 from cosmos3_jax.compilation_cache import use_compilation_cache
-from cosmos3_jax.errors import Cosmos3Error, InputError, StoppedError
+from cosmos3_jax.errors import InputError
 from cosmos3_jax.pipeline import DTYPES, dtype_on
 from cosmos3_jax.prompt import load_tokenizer
 from cosmos3_jax.stop import stoppable
@@ -34,25 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; the exit code: that of the error, or 0."""
     arguments = parser().parse_args(argv)
     with console.speaking(verbose=arguments.verbose, quiet=arguments.quiet):
-        try:
-            return _train(arguments)
-        except KeyboardInterrupt:
-            return _end(StoppedError("stopped by SIGINT"))
-        except Cosmos3Error as error:
-            if arguments.verbose:
-                traceback.print_exc()
-            return _end(error)
-        except BaseException:
-            if processes.are_several():
-                traceback.print_exc()
-                processes.leave(1)
-            raise
-
-
-def _end(error: Cosmos3Error) -> int:
-    log.error("%s", error)
-    processes.leave(error.exit_code)
-    return error.exit_code
+        return console.ending(lambda: _train(arguments), verbose=arguments.verbose)
 
 
 def _train(arguments: argparse.Namespace) -> int:
