@@ -1,5 +1,7 @@
 """What every test shares: eight CPU devices, and small random checkpoints written once a session."""
 
+import dataclasses
+import functools
 import gc
 import os
 
@@ -19,6 +21,7 @@ import pytest
 
 from convert.random_checkpoint import write_checkpoint
 from cosmos3_jax import Cosmos3Pipeline, make_mesh
+from cosmos3_jax.config import TINY, SoundConfig
 
 DATA = Path(__file__).parent / "data"
 
@@ -41,6 +44,18 @@ def folders(tmp_path_factory):
             config, sound = (cases.FAMILIES | others)[family], cases.FULL_SOUND if family == "full_sound" else None
             made[family] = write_checkpoint(path, config, cases.VAE, sound, distilled=family == "distilled")
         return made[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders_with(tmp_path_factory):
+    """`folders_with(config)`: a checkpoint with such a sound tokenizer, written once."""
+
+    @functools.cache
+    def folder(config: SoundConfig) -> Path:
+        transformer = dataclasses.replace(TINY, sound_dim=config.vocoder_input_dim)
+        return write_checkpoint(tmp_path_factory.mktemp("sound"), transformer, cases.VAE, config)
 
     return folder
 

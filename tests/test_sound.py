@@ -1,9 +1,7 @@
 """The sound decoder: the reference's waveform, in one pass or in windows that take no more memory however long the sound."""
 
-import dataclasses
 import functools
 import math
-from pathlib import Path
 
 import cases
 import jax
@@ -12,7 +10,6 @@ import numpy as np
 import pytest
 from metrics import errors, random, sample
 
-from convert.random_checkpoint import write_checkpoint
 from cosmos3_jax import make_mesh
 from cosmos3_jax.checkpoint import load
 from cosmos3_jax.config import TINY, TINY_SOUND, SoundConfig
@@ -30,18 +27,6 @@ CONFIGS = {  # by their strides, the output's first
     "4 8 10": SoundConfig(vocoder_input_dim=16, dec_dim=8, dec_c_mults=(1, 2, 4), dec_strides=(4, 8, 10)),
 }
 IN_ONE_PASS = 10**6
-
-
-@pytest.fixture(scope="module")
-def folders_with(tmp_path_factory):
-    """`folders_with(config)`: a checkpoint with such a sound tokenizer, written once."""
-
-    @functools.cache
-    def folder(config: SoundConfig) -> Path:
-        transformer = dataclasses.replace(TINY, sound_dim=config.vocoder_input_dim)
-        return write_checkpoint(tmp_path_factory.mktemp("sound"), transformer, cases.VAE, config)
-
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The sound encoder: the reference's latents, layer by layer and as a whole, and nothing of a sound or of a weight is lost."""
 
-import dataclasses
 import functools
 from pathlib import Path
 
@@ -12,10 +11,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from metrics import errors
 
-from convert.random_checkpoint import write_checkpoint
 from cosmos3_jax import make_mesh
 from cosmos3_jax.checkpoint import Checkpoint, load
-from cosmos3_jax.config import TINY, SoundConfig, SoundEncoderConfig
+from cosmos3_jax.config import SoundConfig, SoundEncoderConfig
 from cosmos3_jax.models.sound_encoder import SoundEncoder
 from cosmos3_jax.networks import abstract_sound_encoder
 from cosmos3_jax.pipeline import encode_sound
@@ -56,18 +54,6 @@ CONFIGS = {
         vocoder_input_dim=1, dec_dim=2, dec_c_mults=(1, 1), dec_strides=(2, 5), dec_out_channels=3, encoder=LOUD
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def folders_with(tmp_path_factory):
-    """`folders_with(config)`: a checkpoint with such a sound tokenizer, written once."""
-
-    @functools.cache
-    def folder(config: SoundConfig) -> Path:
-        transformer = dataclasses.replace(TINY, sound_dim=config.vocoder_input_dim)
-        return write_checkpoint(tmp_path_factory.mktemp("sound"), transformer, cases.VAE, config)
-
-    return folder
 
 
 @pytest.fixture(scope="module")
