@@ -90,10 +90,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="adapters added to the weights, also several times; no effect on a dry run",
     )
-    add("--no-compilation-cache", action="store_true", help="compile anew, and keep nothing for the next run")
-    add("--coordinator", metavar="HOST:PORT", help="of process 0, where several processes meet (not needed under SLURM)")
-    add("--num-processes", metavar="N", type=int, help="how many run this command")
-    add("--process-id", metavar="I", type=int, help="which of them this is, from 0")
+    process_flags(made)
     add(
         "--dry-run",
         action="store_true",
@@ -114,3 +111,12 @@ def parser() -> argparse.ArgumentParser:
     loudness.add_argument("--verbose", action="store_true", help="also tell the time of each stage, as it ends")
     loudness.add_argument("--quiet", action="store_true", help="tell errors and the last line alone")
     return made
+
+
+def process_flags(made: argparse.ArgumentParser) -> None:
+    """Adds what every command that runs on a mesh has: its compiled programs, and the processes that run it together."""
+    add = made.add_argument
+    add("--no-compilation-cache", action="store_true", help="compile anew, and keep nothing for the next run")
+    add("--coordinator", metavar="HOST:PORT", help="of process 0, where several processes meet (not needed under SLURM)")
+    add("--num-processes", metavar="N", type=int, help="how many run this command")
+    add("--process-id", metavar="I", type=int, help="which of them this is, from 0")

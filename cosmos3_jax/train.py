@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from cosmos3_jax import console, processes
+from cosmos3_jax import console, flags, processes
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.checkpoint import Checkpoint
 from cosmos3_jax.compilation_cache import use_compilation_cache
@@ -111,10 +111,7 @@ def parser() -> argparse.ArgumentParser:
     add("--cfg", type=int, default=1, help="parts that a batch is divided into (1)")
     add("--tp", metavar="N", type=int, default=1, help="devices that share the heads (1)")
     add("--dtype", choices=DTYPES, help="that is computed in (bfloat16 on GPUs, else float32); what is trained is float32")
-    add("--no-compilation-cache", action="store_true", help="compile anew, and keep nothing for the next run")
-    add("--coordinator", metavar="HOST:PORT", help="of process 0, where several processes meet (not needed under SLURM)")
-    add("--num-processes", metavar="N", type=int, help="how many run this command")
-    add("--process-id", metavar="I", type=int, help="which of them this is, from 0")
+    flags.process_flags(made)
     loudness = made.add_mutually_exclusive_group()
     loudness.add_argument("--verbose", action="store_true", help="also tell what is logged on the way")
     loudness.add_argument("--quiet", action="store_true", help="tell errors and the last line alone")
