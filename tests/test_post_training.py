@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import cases
 import ml_dtypes
 import numpy as np
 import pytest
+from metrics import errors
 from safetensors.numpy import load_file
 
 from convert.random_checkpoint import write_checkpoint
@@ -157,6 +159,23 @@ def test_adapters_alone_are_trained_and_change_the_video(model, clips, folders, 
     )
     assert np.array_equal(plain, off)
     assert not np.allclose(plain, with_them, atol=1e-4)
+
+
+@pytest.mark.live
+def test_diffusers_makes_the_same_video_with_what_was_trained(model, clips, folders, tmp_path):
+    pytest.importorskip("diffusers")
+    import reference
+
+    settings = dataclasses.replace(QUICK, lora_rank=3, lora_alpha=6.0, learning_rate=0.01)
+    made = run(model(), clips, settings, tmp_path / "run")
+    case = cases.BASE | SMALL | {"num_inference_steps": 2}
+    theirs = reference.load(folders("small"))
+    before = reference.run(theirs, case)["video"]
+    theirs.transformer.load_lora_adapter(made, prefix="transformer", use_safetensors=True)
+    expected = reference.run(theirs, case)["video"]
+    ours = Cosmos3Pipeline.from_pretrained(folders("small"), dtype="float32", lora=[made], progress=False)
+    assert errors(ours(**case, progress=False).video, expected)[1] < 5e-5
+    assert errors(expected, before)[0] > 0.02
 
 
 def test_adapters_of_both_towers(model, clips, tmp_path):
