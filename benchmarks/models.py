@@ -35,7 +35,7 @@ MID = dataclasses.replace(
 )
 MID_VAE = dataclasses.replace(TINY_VAE, base_dim=32, decoder_base_dim=48)
 MODELS: dict[str, tuple[TransformerConfig, VAEConfig]] = {
-    "tiny": (TINY, TINY_VAE),
+    "tiny": Checkpoint.open(BUILT_IN).configs[:2],
     "mid": (MID, MID_VAE),
     "edge": (EDGE, WAN_VAE),
     "nano": (NANO, WAN_VAE),

@@ -1,13 +1,11 @@
 """Writes a checkpoint in the published layout with random weights: `python -m convert.random_checkpoint OUT`.
 
-What is written by default is the built-in checkpoint (cosmos3_jax/tiny). Numbers come from numpy's RandomState, whose streams
-never change, so the same arguments write the same file on any machine; the tests rely on it. Every weight matters: norms are
-not 1, biases not 0. No torch.
+The checkpoints of the tests. Numbers come from numpy's RandomState, whose streams never change, so the same arguments write the
+same file on any machine; the tests rely on it. Every weight matters: norms are not 1, biases not 0. No torch.
 """
 
 import argparse
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from cosmos3_jax.axes import make_mesh
-from cosmos3_jax.checkpoint import BUILT_IN
 from cosmos3_jax.config import TINY, TINY_SOUND, TINY_VAE, SoundConfig, TransformerConfig, VAEConfig
 from cosmos3_jax.folder import write_json
 from cosmos3_jax.networks import abstract_networks, abstract_sound_encoder
@@ -71,7 +68,7 @@ def write_checkpoint(
     shards: int = 1,
     distilled: bool = False,
 ) -> Path:
-    """Fills `folder` with configs, the built-in tokenizer and random weights, the transformer's in `shards` files.
+    """Fills `folder` with configs, a small tokenizer and random weights, the transformer's in `shards` files.
 
     If the transformer has sound heads, there is a sound tokenizer, a small decoder if none is given; one whose config says so
     has an encoder too. `distilled` makes it a four-step checkpoint.
@@ -84,8 +81,7 @@ def write_checkpoint(
         sound = sound or dataclasses.replace(TINY_SOUND, vocoder_input_dim=transformer.sizes["A"])
         write_tensors(folder / "sound_tokenizer", [_random(sound_shapes(sound), random, dtype)])
         write_json(folder / "sound_tokenizer" / "config.json", sound_json(sound))
-    if folder.resolve() != BUILT_IN:
-        shutil.copytree(BUILT_IN / "text_tokenizer", folder / "text_tokenizer", dirs_exist_ok=True)
+    write_tokenizer(folder / "text_tokenizer")
     scheduler = DISTILLED_SCHEDULER if distilled else SCHEDULER
     write_json(folder / "model_index.json", model_index(str(scheduler["_class_name"]), sound=transformer.sound_gen))
     write_json(folder / "transformer" / "config.json", transformer_json(transformer))
@@ -226,7 +222,7 @@ def sound_json(config: SoundConfig) -> dict[str, object]:
 
 
 def write_tokenizer(folder: Path, corpus: Sequence[str] = CORPUS) -> None:
-    """A byte-level BPE of 512 tokens, trained on a few sentences; any text can be written with it."""
+    """A byte-level BPE of 512 tokens at most, trained on a few sentences in no time; any text can be written with it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -249,10 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m convert.random_checkpoint", description=__doc__)
     parser.add_argument("out", type=Path, help="the folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokenizer", action="store_true", help="train the tokenizer anew, too")
     arguments = parser.parse_args()
-    if arguments.tokenizer:
-        write_tokenizer(arguments.out / "text_tokenizer")
     write_checkpoint(arguments.out, seed=arguments.seed, dtype=jnp.bfloat16)
     print(f"wrote {arguments.out}")
 

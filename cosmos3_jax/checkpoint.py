@@ -23,7 +23,7 @@ from cosmos3_jax.processes import is_first
 from cosmos3_jax.published import PublishedWeights
 from cosmos3_jax.weights import Network, map_weights, nbytes
 
-BUILT_IN = Path(__file__).parent / "tiny"
+BUILT_IN = Path(__file__).parent / "built_in"
 FOLDERS = ("transformer", "vae", "scheduler", "text_tokenizer")
 PIPELINES = ("Cosmos3OmniPipeline", "Cosmos3OmniDiffusersPipeline")  # the second is the name in the first releases
 NAMES = {

@@ -1,6 +1,7 @@
-"""The script that writes checkpoints: the published layout, and the built-in checkpoint to the bit."""
+"""The script that writes checkpoints: the published layout, and the same numbers each time."""
 
 import dataclasses
+import hashlib
 import json
 
 import ml_dtypes
@@ -9,12 +10,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from convert import random_checkpoint
-from cosmos3_jax.checkpoint import BUILT_IN, Checkpoint
+from cosmos3_jax.checkpoint import Checkpoint
 from cosmos3_jax.config import PRESETS, SOUND_TOKENIZER, TINY, TINY_FULL_SOUND, TINY_SOUND, WAN_VAE, SoundEncoderConfig
 from cosmos3_jax.prompt import load_tokenizer
 
 FILE = "diffusion_pytorch_model.safetensors"
 PARTS = "transformer", "vae", "sound_tokenizer"
+WRITTEN = {"transformer": "6561f4306ab4e9ec", "vae": "c4360deaae35610d", "sound_tokenizer": "4ee9fc109ac21ac3"}  # checksums
+TOKENS = [37, 416, 378, 31, 427, 405, 18]
 
 
 def published(data, name: str) -> dict[str, tuple[int, ...]]:
@@ -66,23 +69,29 @@ def test_a_sound_tokenizer_has_an_encoder_if_its_config_says_so(tmp_path, data):
         assert tensor.std() > 0.01 * np.abs(tensor).max(), name
 
 
-def test_the_built_in_checkpoint_is_what_the_script_writes(tmp_path):
+def test_the_same_arguments_write_the_same_numbers(tmp_path):
+    """On any machine: all that was recorded of the reference is for these."""
     random_checkpoint.write_checkpoint(tmp_path, dtype=ml_dtypes.bfloat16)
-    assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*")} == {
-        path.relative_to(BUILT_IN) for path in BUILT_IN.rglob("*")
-    }
+    found = {}
     for part in PARTS:
-        ours, built_in = (load_file(folder / part / FILE) for folder in (tmp_path, BUILT_IN))
-        assert ours.keys() == built_in.keys()
-        for name, tensor in ours.items():
-            np.testing.assert_array_equal(tensor, built_in[name], err_msg=name)
+        checksum = hashlib.sha256()
+        for name, tensor in sorted(load_file(tmp_path / part / FILE).items()):
+            checksum.update(name.encode() + tensor.tobytes())
+        found[part] = checksum.hexdigest()[:16]
+    assert found == WRITTEN
 
 
-def test_every_weight_matters():
+def test_every_weight_matters(tmp_path):
     # Norms are not 1, biases not 0, nothing is constant.
+    random_checkpoint.write_checkpoint(tmp_path)
     for part in PARTS:
-        for name, tensor in load_file(BUILT_IN / part / FILE).items():
-            assert np.float32(tensor).std() > 0.01 * np.abs(np.float32(tensor)).max(), name
+        for name, tensor in load_file(tmp_path / part / FILE).items():
+            assert tensor.std() > 0.01 * np.abs(tensor).max(), name
+
+
+def test_the_tokenizer_is_the_same_each_time(tmp_path):
+    random_checkpoint.write_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path, TINY.vocab_size)("A robot arm; waves break.")["input_ids"] == TOKENS
 
 
 def test_a_new_tokenizer_fits_the_vocabulary(tmp_path):

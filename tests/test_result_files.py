@@ -20,7 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from cosmos3_jax import make_mesh, media, result_files
-from cosmos3_jax.checkpoint import BUILT_IN, load
+from cosmos3_jax.checkpoint import load
 from cosmos3_jax.config import TINY, TINY_SOUND, TINY_VAE
 from cosmos3_jax.errors import InputError, RunError
 from cosmos3_jax.networks import abstract_networks
@@ -384,10 +384,9 @@ def same(x: np.ndarray, wave_cn: np.ndarray) -> None:
         assert 0.9 < channel[:n].std() / expected.std() < 1.05  # what is above its highest frequency is lost
 
 
-def test_the_built_in_checkpoints_sound_is_heard_again(tmp_path):
-    decoder = load(
-        PublishedWeights(BUILT_IN, TINY), "sound", abstract_networks(TINY, TINY_VAE, make_mesh(), "float32", TINY_SOUND).sound
-    )
+def test_the_sound_of_random_weights_is_heard_again(tmp_path, folders):
+    networks = abstract_networks(TINY, TINY_VAE, make_mesh(), "float32", TINY_SOUND)
+    decoder = load(PublishedWeights(folders("small"), TINY), "sound", networks.sound)
     noise = result_files.Sound(
         np.asarray(decode_sound(decoder, cases.sound_latents(50))).T, TINY_SOUND.sampling_rate
     )  # two seconds
