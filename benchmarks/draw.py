@@ -1,10 +1,10 @@
-"""Draws the README's tables of speed and the plots beside them from the records, and says which records it leaves out.
+"""Draws the README's tables and the plots beside them from the records, and says which records it leaves out.
 
     python -m benchmarks.draw [--results benchmarks/results] [--readme README.md] [--plots benchmarks/results] [--check]
 
-The tables take the place of what is between the two markers in the README. Needs the extra `plots`. The same records give the
-same bytes, so that `--check` can tell whether README and plots are what would be drawn now (the tables alone, if matplotlib is
-missing).
+The tables take the place of what is between two markers in the README, a pair for each section. Needs the extra `plots`. The
+same records give the same bytes, so that `--check` can tell whether README and plots are what would be drawn now (the tables
+alone, if matplotlib is missing).
 """
 
 import argparse
@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BEGIN, END = "<!-- speed: drawn by benchmarks/draw.py -->", "<!-- end of speed -->"
-KINDS = ("compare_diffusers", "generate", "first_video", "options")
+SECTIONS = {  # of the README, by the name in their markers: the kinds of records that are there
+    "small world": ("small_world", "small_world_training"),
+    "speed": ("compare_diffusers", "generate", "first_video", "options"),
+}
 SIDES = {"ours": "#3b82c4", "diffusers": "#9a9a9a"}  # and the colour of each
 STAGES = ("whole", "step", "decode")
 PARTS = {  # of a request, and the colour of each
@@ -74,7 +76,10 @@ def drawn(results: Path, readme: Path, plots: Path, *, without_plots: bool = Fal
     """What the README and each plot should hold."""
     records = read(results)
     beside = Path(os.path.relpath(plots, readme.parent)).as_posix()
-    files = {readme: replaced(readme, section(records, beside)).encode()}
+    text = readme.read_bytes().decode()
+    for name in SECTIONS:
+        text = replaced(text, name, section(name, records, beside), readme)
+    files = {readme: text.encode()}
     if without_plots:
         return files
     if not _can_plot():
@@ -91,7 +96,7 @@ def read(results: Path) -> Records:
     records = {}
     for file in sorted(results.glob("*.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
-        if found.get("kind") in KINDS:
+        if any(found.get("kind") in kinds for kinds in SECTIONS.values()):
             records[file.stem] = found
         else:
             print(f"{file}: not drawn, of kind {found.get('kind', 'none')}")
@@ -103,22 +108,28 @@ def of_kind(records: Records, kind: str) -> Records:
     return {name: each for name, each in records.items() if each["kind"] == kind}
 
 
-def replaced(readme: Path, section: str) -> str:
-    """The text of the README with `section` between its markers."""
-    text = readme.read_bytes().decode()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise SystemExit(f"{readme}: {BEGIN!r} and {END!r} are expected once each, in this order")
-    return f"{before}{BEGIN}\n{section}{END}{after}"
+def markers(name: str) -> tuple[str, str]:
+    """What stands before and after a section of the README."""
+    return f"<!-- {name}: drawn by benchmarks/draw.py -->", f"<!-- end of {name} -->"
 
 
-def section(records: Records, plots: str) -> str:
-    """The tables as Markdown, each with its plots, which are in the folder `plots`."""
+def replaced(text: str, name: str, section: str, readme: Path) -> str:
+    """The README's text with `section` between the markers of that name."""
+    begin, end = markers(name)
+    before, found, rest = text.partition(begin)
+    _, ends, after = rest.partition(end)
+    if not found or not ends or begin in rest or end in after:
+        raise SystemExit(f"{readme}: {begin!r} and {end!r} are expected once each, in this order")
+    return f"{before}{begin}\n{section}{end}{after}"
+
+
+def section(name: str, records: Records, plots: str) -> str:
+    """The tables of a section as Markdown, each with its plots, which are in the folder `plots`."""
     parts = []
-    for kind, table in zip(KINDS, (compare_table, generate_table, first_video_table, options_table), strict=True):
+    for kind in SECTIONS[name]:
         if alike := of_kind(records, kind):
-            parts += [table(alike), *(f"![{title}]({plots}/{name})" for name, title in plot_names(alike).items())]
+            shown = plot_names(alike) | picture_names(alike)
+            parts += [TABLES[kind](alike), *(f"![{title}]({plots}/{file})" for file, title in shown.items())]
     return "".join(f"{part}\n\n" for part in parts)
 
 
@@ -129,6 +140,35 @@ def plot_names(records: Records) -> dict[str, str]:
         for name, each in of_kind(records, "compare_diffusers").items()
     }
     return names | ({"requests.svg": "The stages of a request"} if of_kind(records, "generate") else {})
+
+
+def picture_names(records: Records) -> dict[str, str]:
+    """The pictures that were written beside a record when it was measured, and what each shows in words."""
+    return {each["sheet"]: "Prompts and videos" for each in records.values() if "sheet" in each}
+
+
+def small_world_table(records: Records) -> str:
+    """How often the built-in checkpoint did what it was told."""
+    (each,) = records.values()
+    rows = [[name, *(f"{share:.0f} %" for share in row.values())] for name, row in each["rows"].items()]
+    steps, scale, shift = (each[name] for name in ("num_inference_steps", "guidance_scale", "flow_shift"))
+    return _table(
+        "For how many prompts it was right, as frames and sounds alone tell (`python -m benchmarks.small_world.measure`): "
+        f"{steps} steps, guidance scale {scale:g} where none is told, flow shift {shift:g}, on {where(each)}:",
+        ["right", *next(iter(each["rows"].values()))],
+        rows,
+    )
+
+
+def small_world_training_table(records: Records) -> str:
+    """How long it was trained."""
+    (each,) = records.values()
+    taken = each["seconds"]
+    return _table(
+        f"Minutes of training from random weights, on {where(each)} (`python -m benchmarks.small_world.train WORK`):",
+        [*taken, "all"],
+        [[f"{value / 60:.0f}" for value in (*taken.values(), sum(taken.values()))]],
+    )
 
 
 def compare_table(records: Records) -> str:
@@ -194,6 +234,16 @@ def options_table(records: Records) -> str:
         ["request", "on", "option", "denoise, s", "of the time", "steps computed", "latents apart"],
         rows,
     )
+
+
+TABLES = {
+    "small_world": small_world_table,
+    "small_world_training": small_world_training_table,
+    "compare_diffusers": compare_table,
+    "generate": generate_table,
+    "first_video": first_video_table,
+    "options": options_table,
+}
 
 
 def _table(caption: str, titles: list[str], rows: list[list[str]]) -> str:

@@ -178,8 +178,9 @@ def test_a_request_compiles_once(generated):
 
 
 def test_shares_are_of_the_flops_that_the_estimate_counts(generated, first_frame):
-    request = resolve(dataclasses.replace(ASKED, image=first_frame), TINY, TINY_VAE, models.UNIPC, None)
-    flops, rate = work(Job(TINY, TINY_VAE, request, "float32", text_tokens=128), 1, 1), generated["matrix_product_rate"]
+    request = resolve(dataclasses.replace(ASKED, image=first_frame), *models.MODELS["tiny"], models.UNIPC, None)
+    job, rate = Job(*models.MODELS["tiny"], request, "float32", text_tokens=128), generated["matrix_product_rate"]
+    flops = work(job, 1, 1)
     assert generated["flops"] == flops
     shares, whole = generated["shares"], generated["stages"]["whole"]["median"]
     assert shares.keys() == {"encode", "prefill", "denoise", "decode"}
@@ -336,9 +337,20 @@ RECORDS = {
         ],
         **ON,
     },
+    "world": {
+        "kind": "small_world",
+        "num_inference_steps": 20,
+        "guidance_scale": 4.0,
+        "flow_shift": 3.0,
+        "rows": {"text to video: direction": {"60 prompts": 95.0, "40 of combinations trained on": 97.5}},
+        "sheet": "world.webp",
+        **ON,
+    },
+    "world-training": {"kind": "small_world_training", "seconds": {"vae": 1800, "transformer": 5430}, **ON},
     "older": {"runs": {}},
     "quick": {"kind": "step"},
 }
+(BEGIN, END), (FIRST, MIDDLE) = draw.markers("speed"), draw.markers("small world")
 BEFORE, AFTER = "# Title\r\n\r\nBefore.\n\n", "\n\n## After\n"
 
 
@@ -349,7 +361,7 @@ def house(tmp_path):
     results.mkdir(parents=True)
     for name, each in RECORDS.items():
         (results / f"{name}.json").write_text(json.dumps(each))
-    readme.write_bytes(f"{BEFORE}{draw.BEGIN}\nwhat was there\n{draw.END}{AFTER}".encode())
+    readme.write_bytes(f"{BEFORE}{FIRST}\n{MIDDLE}between{BEGIN}\nwhat was there\n{END}{AFTER}".encode())
     return readme, results, ["--readme", str(readme), "--results", str(results), "--plots", str(results)]
 
 
@@ -362,6 +374,9 @@ def test_tables_have_the_numbers_of_the_records(house):
     (text,) = (content.decode() for content in draw.drawn(results, readme, results, without_plots=True).values())
     size = "17 frames of 128x224, 6 steps"
     rows = [
+        "| text to video: direction | 95 % | 98 % |",
+        "![Prompts and videos](benchmarks/results/world.webp)",
+        "| 30 | 90 | 120 |",
         f"| mid, {size}, float32 | a CPU, 2 cores, jax 0.10.2, diffusers 0.42.1, torch 2.13.0, 2026-11-21 | whole | "
         "2.00 (1.00 to 4.00) | 4.00 (2.00 to 8.00) | 0.50 | 2e-06 |",
         "|  |  | step | 0.250 (0.125 to 0.500) | 0.200 (0.100 to 0.400) | 1.25 |  |",
@@ -374,7 +389,7 @@ def test_tables_have_the_numbers_of_the_records(house):
     ]
     assert [line for line in text.splitlines() if line in rows] == rows
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert [len({line.count("|") for line in table.splitlines()}) for table in tables] == [1, 1, 1, 1]
+    assert [len({line.count("|") for line in table.splitlines()}) for table in tables] == [1] * 6
 
 
 def test_a_record_that_was_measured_can_be_drawn(generated):
@@ -386,8 +401,9 @@ def test_a_record_that_was_measured_can_be_drawn(generated):
 def test_the_rest_of_the_readme_stays(house):
     readme, results, _ = house
     (text,) = draw.drawn(results, readme, results, without_plots=True).values()
-    assert text.startswith(f"{BEFORE}{draw.BEGIN}\n".encode())
-    assert text.endswith(f"{draw.END}{AFTER}".encode())
+    assert text.startswith(f"{BEFORE}{FIRST}\n".encode())
+    assert f"{MIDDLE}between{BEGIN}\n".encode() in text
+    assert text.endswith(f"{END}{AFTER}".encode())
     assert b"what was there" not in text
 
 
@@ -395,24 +411,24 @@ def test_the_rest_of_the_readme_stays(house):
     "text",
     [
         "",
-        f"{draw.BEGIN}\n",
-        f"{draw.END}\n",
-        f"{draw.END}\n{draw.BEGIN}\n",
-        f"{draw.BEGIN}\n{draw.BEGIN}\n{draw.END}",
-        f"{draw.BEGIN}\n{draw.END}\n{draw.END}",
+        f"{BEGIN}\n",
+        f"{END}\n",
+        f"{END}\n{BEGIN}\n",
+        f"{BEGIN}\n{BEGIN}\n{END}",
+        f"{BEGIN}\n{END}\n{END}",
     ],
 )
 def test_markers_that_are_missing_are_told(house, text):
     readme, results, words = house
-    readme.write_text(text)
-    with pytest.raises(SystemExit, match=re.escape(repr(draw.BEGIN))):
+    readme.write_text(f"{FIRST}{MIDDLE}{text}")
+    with pytest.raises(SystemExit, match=re.escape(repr(BEGIN))):
         draw.main(words)
-    assert readme.read_text() == text
+    assert readme.read_text() == f"{FIRST}{MIDDLE}{text}"
     assert not list(results.glob("*.svg"))
 
 
 def test_what_is_not_drawn_is_told(house, capsys):
-    assert list(draw.read(house[1])) == ["beside", "newcomer", "options", "request"]
+    assert list(draw.read(house[1])) == ["beside", "newcomer", "options", "request", "world-training", "world"]
     told = capsys.readouterr().out
     assert "older.json: not drawn, of kind none" in told
     assert "quick.json: not drawn, of kind step" in told

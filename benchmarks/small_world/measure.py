@@ -18,10 +18,13 @@ from benchmarks.record import finish
 from benchmarks.small_world.film import CLIP, PITCH
 from benchmarks.small_world.judge import look, pitch, right, semitones
 from benchmarks.small_world.prompts import Prompt, prompts
+from benchmarks.small_world.show import sheet
 from cosmos3_jax import Cosmos3Pipeline
 from cosmos3_jax.checkpoint import BUILT_IN
 from cosmos3_jax.flags import BUILT_IN_DEFAULTS
 from cosmos3_jax.result import Result
+
+SHOWN = 12  # prompts on the sheet, evenly among all
 
 Marks = dict[str, bool]
 """What was right of one result."""
@@ -31,36 +34,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.small_world.measure", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=BUILT_IN, help="another than the built-in one")
-    parser.add_argument("--steps", type=int, default=BUILT_IN_DEFAULTS.get("num_inference_steps", 35))
-    parser.add_argument("--guidance-scale", type=float, default=BUILT_IN_DEFAULTS.get("guidance_scale", 6.0))
-    parser.add_argument("--flow-shift", type=float, default=BUILT_IN_DEFAULTS.get("flow_shift", 10.0))
-    parser.add_argument("--count", type=int, default=60, help="of the prompts, the first ones (60)")
+    parser.add_argument("--steps", type=int, default=BUILT_IN_DEFAULTS["num_inference_steps"])
+    parser.add_argument("--guidance-scale", type=float, default=BUILT_IN_DEFAULTS["guidance_scale"])
+    parser.add_argument("--flow-shift", type=float, default=BUILT_IN_DEFAULTS["flow_shift"])
+    parser.add_argument("--every", type=int, default=1, help="of the prompts, to be quick (1)")
+    parser.add_argument("--sheet", type=Path, help="a picture of some prompts and their videos")
     parser.add_argument("--out", type=Path, help="a file for the record")
     arguments = parser.parse_args(argv)
     pipe = Cosmos3Pipeline.from_pretrained(arguments.checkpoint, progress=False)
     settings = {"num_inference_steps": arguments.steps, "flow_shift": arguments.flow_shift}
-    start, asked = time.perf_counter(), prompts()[: arguments.count]
+    start, asked = time.perf_counter(), prompts()[:: arguments.every]
     rows: dict[str, dict[str, float]] = {}
+    shown: list[tuple[str, np.ndarray]] = []
     for name, scale, with_image in (
         ("text to video", arguments.guidance_scale, False),
         ("text to video, guidance scale 1", 1.0, False),
         ("image to video", arguments.guidance_scale, True),
     ):
-        marks = [
-            judged(pipe, prompt, with_image=with_image, guidance_scale=scale, **settings) for prompt in tqdm(asked, desc=name)
-        ]
+        marks = []
+        for prompt in tqdm(asked, desc=name):
+            result = generated(pipe, prompt, with_image=with_image, guidance_scale=scale, **settings)
+            marks.append(judged(prompt, result, with_image=with_image))
+            if not rows:
+                shown.append((titled(prompt, marks[-1]), frames_of(result)))
         rows |= shares(name, asked, marks)
     print(table(rows))
-    record = {"benchmark": "small world", "guidance_scale": arguments.guidance_scale, **settings, "rows": rows}
+    record = {"kind": "small_world", **settings, "guidance_scale": arguments.guidance_scale, "rows": rows}
+    if arguments.sheet:
+        sheet(shown[:: max(1, len(shown) // SHOWN)]).save(arguments.sheet, quality=90)
+        record["sheet"] = arguments.sheet.name
     finish(record | {"seconds": round(time.perf_counter() - start, 1)}, arguments.out)
 
 
-def judged(pipe: Cosmos3Pipeline, prompt: Prompt, *, with_image: bool, **settings: Any) -> Marks:
-    """What is right of what the model makes of a prompt, or of its first frame."""
-    image = Image.fromarray(prompt.first_frame()) if with_image else None
-    result = pipe(
+def generated(pipe: Cosmos3Pipeline, prompt: Prompt, *, with_image: bool, **settings: Any) -> Result:
+    """What the model makes of a prompt, or of its first frame."""
+    return pipe(
         prompt.text,
-        image=image,
+        image=Image.fromarray(prompt.first_frame()) if with_image else None,
         num_frames=CLIP.num_frames,
         height=CLIP.height,
         width=CLIP.width,
@@ -70,8 +80,11 @@ def judged(pipe: Cosmos3Pipeline, prompt: Prompt, *, with_image: bool, **setting
         progress=False,
         **settings,
     )
-    frames = np.rint(result.video * 255).astype(np.uint8)
-    found = right(prompt.told, look(frames, CLIP.fps))
+
+
+def judged(prompt: Prompt, result: Result, *, with_image: bool) -> Marks:
+    """What is right of it."""
+    found = right(prompt.told, look(frames_of(result), CLIP.fps))
     marks = {
         "colour and shape": found["colour"] and found["shape"],
         "direction": found["direction"],
@@ -81,6 +94,18 @@ def judged(pipe: Cosmos3Pipeline, prompt: Prompt, *, with_image: bool, **setting
     if with_image:
         marks["first frame above 25 dB"] = psnr(result.video[0], prompt.first_frame() / 255) > 25
     return marks
+
+
+def frames_of(result: Result) -> np.ndarray:
+    """Of uint8, [t, h, w, 3]."""
+    return np.rint(result.video * 255).astype(np.uint8)
+
+
+def titled(prompt: Prompt, marks: Marks) -> str:
+    """The prompt, whether its combination was trained on, and what is wrong of its video."""
+    wrong = [what for what in ("colour and shape", "direction") if not marks[what]]
+    told = ["never seen"] * prompt.held_out + [f"wrong: {', '.join(wrong)}"] * bool(wrong)
+    return prompt.text + (f" ({'; '.join(told)})" if told else "")
 
 
 def in_tune(prompt: Prompt, result: Result) -> bool:
@@ -98,23 +123,24 @@ def psnr(frame: np.ndarray, expected: np.ndarray) -> float:
 
 def shares(name: str, asked: Sequence[Prompt], marks: Sequence[Marks]) -> dict[str, dict[str, float]]:
     """Of each mark, in percent, how many of all, of the seen and of the unseen prompts have it."""
-    of: Mapping[str, Callable[[Prompt], bool]] = {
-        "all": lambda prompt: True,
-        "seen": lambda prompt: not prompt.held_out,
-        "never seen": lambda prompt: prompt.held_out,
+    groups: Mapping[str, Callable[[Prompt], bool]] = {
+        "prompts": lambda prompt: True,
+        "of combinations trained on": lambda prompt: not prompt.held_out,
+        "of combinations never seen": lambda prompt: prompt.held_out,
     }
     rows: dict[str, dict[str, float]] = {}
     for what in marks[0]:
         row = rows[f"{name}: {what}"] = {}
-        for group, belongs in of.items():
+        for group, belongs in groups.items():
             counted = [mark[what] for prompt, mark in zip(asked, marks, strict=True) if belongs(prompt)]
-            row[group] = 100 * sum(counted) / max(len(counted), 1)
+            row[f"{len(counted)} {group}"] = 100 * sum(counted) / max(len(counted), 1)
     return rows
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """As Markdown has it."""
-    head = ["| right, of 60 prompts | all | 40 of seen combinations | 20 never seen |", "|---|---|---|---|"]
+    titles = next(iter(rows.values()))
+    head = [f"| right | {' | '.join(titles)} |", "|---|---|---|---|"]
     body = [f"| {name} | {' | '.join(f'{share:.0f} %' for share in row.values())} |" for name, row in rows.items()]
     return "\n".join(head + body)
 
