@@ -21,7 +21,9 @@ from cosmos3_jax.models.vae import VAE, fold, stream, unfold
 from cosmos3_jax.weights import Network
 
 T = TypeVar("T")
-CROP, FRAMES = 64, 9  # pixels and frames of what the VAE is trained on
+CROP = 48  # pixels on a side of what the VAE is trained on
+SHORT, LONG = 9, CLIP.num_frames  # frames: first it is to learn shapes and colours, then not to drift
+THING, BRIGHT = 8.0, -0.2  # how much a pixel counts that is brighter than any background
 NEAR = 1e-4  # how much a latent's size counts beside the picture
 EVERY = 250  # steps from one file to the next
 VAE_NOISE, NOISE = 0.1, 0.05  # added to latents of the VAE, and of sound, so that what is near one decodes alike
@@ -71,27 +73,30 @@ def fit(
     return state[1]
 
 
-def crops(size: int, seed: int, step: int) -> np.ndarray:
-    """Parts of films, float32 [size, t, h, w, 3] in [-1, 1], most with a thing in them."""
+def crops(size: int, num_frames: int, seed: int, step: int) -> np.ndarray:
+    """Parts of films, float32 [size, t, h, w, 3] in [-1, 1], most with a thing in them, half of them in other colours."""
     random = np.random.default_rng([seed, step])
-    return np.stack([_crop(random) for _ in range(size)])
+    return np.stack([_crop(num_frames, random) for _ in range(size)])
 
 
-def _crop(random: np.random.Generator) -> np.ndarray:
+def _crop(num_frames: int, random: np.random.Generator) -> np.ndarray:
     film_thwc = frames(draw_scene(random), random, CLIP)
-    start = int(random.integers(CLIP.num_frames - FRAMES + 1))
-    part = film_thwc[start : start + FRAMES]
-    coloured = np.argwhere(np.ptp(part[0].astype(int), axis=-1) > 24)  # (y, x); the grays are not
-    where = coloured[random.integers(len(coloured))] if len(coloured) and random.random() < 0.8 else (0, 0)
+    start = int(random.integers(CLIP.num_frames - num_frames + 1))
+    part = film_thwc[start : start + num_frames]
+    bright = np.argwhere(part[num_frames // 2].max(axis=-1) > (BRIGHT + 1) * 127.5)  # (y, x)
+    where = bright[random.integers(len(bright))] if len(bright) and random.random() < 0.8 else (0, 0)
     top, left = (
         int(np.clip(at - random.integers(CROP), 0, side - CROP))
         for at, side in zip(where, (CLIP.height, CLIP.width), strict=True)
     )
-    return part[:, top : top + CROP, left : left + CROP].astype(np.float32) / 127.5 - 1
+    part = part[:, top : top + CROP, left : left + CROP].astype(np.float32)
+    if random.random() < 0.5:
+        part = part[..., random.permutation(3)] * random.uniform(0.5, 1, 3).astype(np.float32)
+    return part / 127.5 - 1
 
 
 def vae_loss(network: Network, pixels_bthwc: jax.Array, key: jax.Array) -> jax.Array:
-    """How far clips are from what becomes of them, and a little how far latents are from 0."""
+    """How far clips are from what becomes of them, their things above all, and a little how far latents are from 0."""
 
     def one(pixels_thwc: jax.Array, key: jax.Array) -> jax.Array:
         vae: VAE = network.merge()
@@ -105,7 +110,8 @@ def vae_loss(network: Network, pixels_bthwc: jax.Array, key: jax.Array) -> jax.A
 
         z = mean + VAE_NOISE * jax.random.normal(key, mean.shape)  # of a deviation that is learned, nothing is for long
         off = stream(decoder, vae.post_quant_conv(z)[0], 1) - pixels_thwc
-        return jnp.mean(jnp.abs(off)) + 2 * jnp.mean(jnp.square(off)) + NEAR * jnp.mean(jnp.square(mean))
+        counts = jnp.where(jnp.max(pixels_thwc, axis=-1, keepdims=True) > BRIGHT, THING, 1)
+        return jnp.mean(counts * (jnp.abs(off) + 2 * jnp.square(off))) + NEAR * jnp.mean(jnp.square(mean))
 
     return jnp.mean(jax.vmap(one)(pixels_bthwc, jax.random.split(key, len(pixels_bthwc))))
 

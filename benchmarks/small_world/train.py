@@ -1,7 +1,8 @@
 """Trains the built-in checkpoint from random weights: `python -m benchmarks.small_world.train WORK` writes WORK/checkpoint.
 
 Tokenizer, VAE, sound tokenizer and transformer, one after the other, on scenes that are drawn as they are needed. What is
-finished is kept in WORK, so that the same command goes on where it was stopped. Prints what each stage took, and on what.
+finished is kept in WORK, so that the same command goes on where it was stopped. WORK/small-world-training.json tells the
+seconds of each stage, and what they ran on.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import functools
 import json
 import pickle
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from safetensors.numpy import load_file
 from tqdm import tqdm
 
 from benchmarks.record import surroundings
+from benchmarks.record import write as write_record
 from benchmarks.small_world import autoencoders
 from benchmarks.small_world.autoencoders import fit
 from benchmarks.small_world.film import CLIP, frames
@@ -39,6 +42,7 @@ from cosmos3_jax.models.vae import VAE
 from cosmos3_jax.prompt import Metadata, load_tokenizer, native_texts, tokenize
 from cosmos3_jax.published import FOLDER_OF, disarrange, names_of
 from cosmos3_jax.safetensors_files import STEM, write_tensors
+from cosmos3_jax.stop import stoppable
 from cosmos3_jax.training.batches import Drawn, Draws, Example, batches, collate, put
 from cosmos3_jax.training.run import Run, Schedule
 from cosmos3_jax.training.trained import Whole, values_of
@@ -48,7 +52,7 @@ from cosmos3_jax.weights import Network, by_path, is_stacked, map_weights, rando
 TRANSFORMER_CONFIG = dataclasses.replace(
     TINY, hidden_size=160, intermediate_size=400, num_hidden_layers=6, head_dim=20, rope_axes_dim=(4, 3, 3)
 )
-VAE_CONFIG = dataclasses.replace(TINY_VAE, num_res_blocks=1)
+VAE_CONFIG = dataclasses.replace(TINY_VAE, base_dim=16, num_res_blocks=1)
 SOUND_CONFIG = dataclasses.replace(
     TINY_SOUND,
     sampling_rate=16_000,
@@ -61,7 +65,7 @@ SOUND_CONFIG = dataclasses.replace(
 class Plan:
     """How much of everything."""
 
-    vae_steps: int = 8000
+    vae_steps: int = 9000
     sound_steps: int = 1500
     examples: int = 20_000  # films, encoded once
     images: int = 2_000  # of one frame
@@ -70,9 +74,12 @@ class Plan:
 
 
 QUICK = Plan(vae_steps=2, sound_steps=2, examples=8, images=4, steps=2, batch_size=2)
-VAE_BATCH, SOUND_BATCH, SOUND_LATENTS = 4, 8, 10
-VAE_RATE, SOUND_RATE, RATE = 3e-3, 2e-3, 1.5e-3  # learning rates, the highest
+SHORT_FILMS, FILMS = (6, autoencoders.SHORT), (3, autoencoders.LONG)  # (batch size, frames) of the VAE, the first half and on
+SOUND_BATCH, SOUND_LATENTS = 8, 10
+VAE_RATE, SOUND_RATE, RATE = 2e-3, 2e-3, 1.5e-3  # learning rates, the highest
 DRAWS = Draws(flow_shift=3.0, caption_dropout=0.1, image_share=0.2, clip_share=0.05)
+
+RECORD = "small-world-training.json"
 
 Values = dict[str, Any]
 """The weights of a network, by path."""
@@ -85,23 +92,26 @@ class Work:
     folder: Path
 
     def stage(self, name: str, make: Callable[[], Any]) -> Any:
-        """What a stage makes, a tree of arrays and numbers, now or in an earlier run; its time is in `seconds.json`."""
+        """What a stage makes, a tree of arrays and numbers, now or in an earlier run; its time is in the record."""
         file = self.folder / f"{name}.pickle"
         if not file.exists():
             start = time.perf_counter()
-            made = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, make())
+            try:
+                made = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, make())
+            finally:
+                self.tell(name, time.perf_counter() - start)
             partial = file.with_suffix(".partial")
             partial.write_bytes(pickle.dumps(made))
             partial.rename(file)
-            self.tell(name, time.perf_counter() - start)
         return pickle.loads(file.read_bytes())
 
     def tell(self, name: str, seconds: float) -> None:
-        """Puts a stage's time on record, and what it ran on."""
-        file = self.folder / "seconds.json"
-        told = json.loads(file.read_text()) if file.exists() else surroundings()
-        file.write_text(json.dumps({**told, name: round(seconds)}, indent=2))
-        print(f"{name}: {seconds:.0f} s", flush=True)
+        """Adds to a stage's time on record, for it may have been stopped before; with what it runs on."""
+        file = self.folder / RECORD
+        before = json.loads(file.read_text())["seconds"] if file.exists() else {}
+        taken = before | {name: round(before.get(name, 0) + seconds)}
+        write_record({"kind": "small_world_training", "seconds": taken, **surroundings()}, file)
+        print(f"{name}: {taken[name]} s", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -110,6 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that times are told
     folder: Path = arguments.work
     folder.mkdir(parents=True, exist_ok=True)
     plan, work = QUICK if arguments.quick else Plan(), Work(folder)
@@ -119,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     config = dataclasses.replace(VAE_CONFIG, latents_mean=tuple(mean), latents_std=tuple(std))
     sound = work.stage("sound", lambda: train_sound(plan, folder))
     latents = work.stage("latents", lambda: encode(plan, config, vae, sound))
-    towers = train_transformer(plan, folder, latents)
+    towers = work.stage("transformer", lambda: train_transformer(plan, folder, latents))
     networks = {"vae": vae, "sound": sound["decoder"], "sound_encoder": sound["encoder"], **towers}
     write(folder / "checkpoint", config, networks, folder / "text_tokenizer")
     print(f"{folder / 'checkpoint'}: {sum(file.stat().st_size for file in (folder / 'checkpoint').rglob('*')) / 1e6:.1f} MB")
@@ -154,7 +165,10 @@ def filled(module: nnx.Module, weights: Values) -> Network:
 
 def train_vae(plan: Plan, folder: Path) -> tuple[Values, Any]:
     """The VAE's weights, and the mean and the deviation of its latents, a number for each channel."""
-    crops = functools.partial(autoencoders.crops, VAE_BATCH, 1)
+
+    def crops(step: int) -> np.ndarray:
+        return autoencoders.crops(*(SHORT_FILMS if step < plan.vae_steps / 2 else FILMS), seed=1, step=step)
+
     vae = fit(fresh(VAE(VAE_CONFIG), 1), autoencoders.vae_loss, crops, plan.vae_steps, VAE_RATE, kept=folder / "vae.fit")
     films = [film for _, _, film in scenes(64, seed=2)]
     encoded = np.concatenate([np.asarray(encode_clip(vae, pixels(film))).reshape(-1, VAE_CONFIG.z_dim) for film in films])
@@ -245,8 +259,8 @@ def train_transformer(plan: Plan, folder: Path, latents: dict[str, Any]) -> dict
     def step(state: TrainState, rows: Sequence[Drawn]) -> tuple[TrainState, Progress]:
         return compiled(state, empty, put([collate(rows, TRANSFORMER_CONFIG, CLIP.fps, bucket)], mesh))
 
-    with jax.set_mesh(mesh):
-        state = run.go(run.resume(state, data), data, step, Schedule(plan.steps))
+    with jax.set_mesh(mesh), stoppable() as check:
+        state = run.go(run.resume(state, data), data, step, Schedule(plan.steps), check=check)
     assert state.average is not None
     return state.average
 
