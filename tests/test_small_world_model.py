@@ -1,11 +1,18 @@
 """How the small world's model is trained and written; the training itself takes an hour, and is no test."""
 
+import json
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks.small_world import autoencoders, train
+from benchmarks.small_world import autoencoders, measure, train
+from benchmarks.small_world.film import CLIP
+from benchmarks.small_world.film import sound as tone
+from benchmarks.small_world.prompts import prompts
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.checkpoint import BUILT_IN, Checkpoint, load
 from cosmos3_jax.networks import abstract_networks, abstract_sound_encoder
@@ -71,3 +78,38 @@ def test_crops_are_of_the_things_mostly():
     assert not np.array_equal(crops, autoencoders.crops(40, autoencoders.SHORT, seed=0, step=1))
     bright = (crops.max(axis=-1) > autoencoders.BRIGHT).any(axis=(1, 2, 3))
     assert bright.mean() > 0.6
+
+
+class Told:
+    """A model that does what it is told, but for guidance: without it everything is upside down, and silent."""
+
+    @classmethod
+    def from_pretrained(cls, folder, *, progress):
+        return cls()
+
+    def __call__(self, text, *, image, guidance_scale, seed, **settings):
+        (prompt,) = (prompt for prompt in prompts() if (prompt.text, prompt.seed) == (text, seed))
+        video, loud = prompt.film() / np.float32(255), np.float32(guidance_scale > 1)
+        assert (settings["num_frames"], settings["height"], settings["width"]) == (CLIP.num_frames, CLIP.height, CLIP.width)
+        assert image is None or np.array_equal(np.asarray(image), prompt.first_frame())
+        return types.SimpleNamespace(
+            video=video if loud else video[:, ::-1], sound=loud * tone(prompt.scene, 16_000), sample_rate=16_000
+        )
+
+
+def test_what_is_measured_goes_into_a_table_and_a_sheet(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "Cosmos3Pipeline", Told)
+    record, sheet = tmp_path / "world.json", tmp_path / "world.webp"
+    measure.main(["--every", "6", "--out", str(record), "--sheet", str(sheet)])
+    found, printed = json.loads(record.read_text()), capsys.readouterr().out
+    assert (found["kind"], found["sheet"]) == ("small_world", "world.webp")
+    for name, row in found["rows"].items():
+        assert [int(group.split()[0]) for group in row] == [10, 7, 3]
+        if "guidance scale 1" not in name:
+            assert set(row.values()) == {100}, name
+            assert f"| {name} | 100 % | 100 % | 100 % |" in printed
+    unguided = {name.split(": ")[1]: row["10 prompts"] for name, row in found["rows"].items() if "scale 1" in name}
+    assert unguided["pitch"] == 0
+    assert unguided["direction"] < 80  # what moves up moves down
+    with Image.open(sheet) as picture:
+        assert picture.width > 5 * CLIP.width
