@@ -22,7 +22,7 @@ from cosmos3_jax.weights import Network
 
 T = TypeVar("T")
 CROP = 48  # pixels on a side of what the VAE is trained on
-SHORT, LONG = 9, CLIP.num_frames  # frames: first it is to learn shapes and colours, then not to drift
+SHORT, LONG = 5, CLIP.num_frames  # frames: first it is to learn shapes and colours, then not to drift
 THING, BRIGHT = 8.0, -0.2  # how much a pixel counts that is brighter than any background
 NEAR = 1e-4  # how much a latent's size counts beside the picture
 EVERY = 250  # steps from one file to the next
@@ -96,7 +96,7 @@ def _crop(num_frames: int, random: np.random.Generator) -> np.ndarray:
 
 
 def vae_loss(network: Network, pixels_bthwc: jax.Array, key: jax.Array) -> jax.Array:
-    """How far clips are from what becomes of them, their things above all, and a little how far latents are from 0."""
+    """How far clips are from what becomes of them, above all in things and edges, and a little how far latents are from 0."""
 
     def one(pixels_thwc: jax.Array, key: jax.Array) -> jax.Array:
         vae: VAE = network.merge()
@@ -111,7 +111,9 @@ def vae_loss(network: Network, pixels_bthwc: jax.Array, key: jax.Array) -> jax.A
         z = mean + VAE_NOISE * jax.random.normal(key, mean.shape)  # of a deviation that is learned, nothing is for long
         off = stream(decoder, vae.post_quant_conv(z)[0], 1) - pixels_thwc
         counts = jnp.where(jnp.max(pixels_thwc, axis=-1, keepdims=True) > BRIGHT, THING, 1)
-        return jnp.mean(counts * (jnp.abs(off) + 2 * jnp.square(off))) + NEAR * jnp.mean(jnp.square(mean))
+        edges = jnp.abs(jnp.diff(off, axis=1))[:, :, 1:] + jnp.abs(jnp.diff(off, axis=2))[:, 1:]  # [t, h-1, w-1, 3]
+        far = jnp.mean(counts * (jnp.abs(off) + 2 * jnp.square(off))) + jnp.mean(counts[:, 1:, 1:] * edges)
+        return far + NEAR * jnp.mean(jnp.square(mean))
 
     return jnp.mean(jax.vmap(one)(pixels_bthwc, jax.random.split(key, len(pixels_bthwc))))
 

@@ -65,16 +65,17 @@ SOUND_CONFIG = dataclasses.replace(
 class Plan:
     """How much of everything."""
 
-    vae_steps: int = 9000
+    vae_steps: int = 12_000
+    short_steps: int = 10_500  # of these, from short films
     sound_steps: int = 1500
-    examples: int = 20_000  # films, encoded once
-    images: int = 2_000  # of one frame
-    steps: int = 6000  # of the transformer
+    examples: int = 12_000  # films, encoded once
+    images: int = 1_500  # of one frame
+    steps: int = 5000  # of the transformer
     batch_size: int = 32
 
 
-QUICK = Plan(vae_steps=2, sound_steps=2, examples=8, images=4, steps=2, batch_size=2)
-SHORT_FILMS, FILMS = (6, autoencoders.SHORT), (3, autoencoders.LONG)  # (batch size, frames) of the VAE, the first half and on
+QUICK = Plan(vae_steps=2, short_steps=1, sound_steps=2, examples=8, images=4, steps=2, batch_size=2)
+SHORT_FILMS, FILMS = (12, autoencoders.SHORT), (3, autoencoders.LONG)  # (batch size, frames) that the VAE learns from
 SOUND_BATCH, SOUND_LATENTS = 8, 10
 VAE_RATE, SOUND_RATE, RATE = 2e-3, 2e-3, 1.5e-3  # learning rates, the highest
 DRAWS = Draws(flow_shift=3.0, caption_dropout=0.1, image_share=0.2, clip_share=0.05)
@@ -167,7 +168,7 @@ def train_vae(plan: Plan, folder: Path) -> tuple[Values, Any]:
     """The VAE's weights, and the mean and the deviation of its latents, a number for each channel."""
 
     def crops(step: int) -> np.ndarray:
-        return autoencoders.crops(*(SHORT_FILMS if step < plan.vae_steps / 2 else FILMS), seed=1, step=step)
+        return autoencoders.crops(*(SHORT_FILMS if step < plan.short_steps else FILMS), seed=1, step=step)
 
     vae = fit(fresh(VAE(VAE_CONFIG), 1), autoencoders.vae_loss, crops, plan.vae_steps, VAE_RATE, kept=folder / "vae.fit")
     films = [film for _, _, film in scenes(64, seed=2)]
