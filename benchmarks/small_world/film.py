@@ -27,7 +27,7 @@ BACKGROUND: dict[str | None, tuple] = {  # the two grays of the stripes
     "striped": ((51, 52, 57), (77, 78, 83)),
 }
 STRIPE = 16  # a stripe's width along either side; they are diagonal
-DIAMETER: dict[str | None, float] = {"small": 26.0, "large": 44.0}
+DIAMETER: dict[str | None, float] = {"small": 30.0, "large": 44.0}
 PIXELS_PER_SECOND: dict[str | None, float] = {"slow": 24.0, "fast": 56.0}
 STEP = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}  # (x, y), y downwards
 PITCH = {"ball": 300, "square": 400, "triangle": 500, "star": 600}  # Hz; multiples of 25, so that each 1/25 s is the same

@@ -65,8 +65,8 @@ SOUND_CONFIG = dataclasses.replace(
 class Plan:
     """How much of everything."""
 
-    vae_steps: int = 12_000
-    short_steps: int = 10_500  # of these, from short films
+    vae_steps: int = 16_000
+    short_steps: int = 13_500  # of these, from short films
     sound_steps: int = 1500
     examples: int = 12_000  # films, encoded once
     images: int = 1_500  # of one frame
