@@ -91,6 +91,12 @@ def test_a_video_is_written(video):
     assert clip.std() > 5  # something is to be seen
 
 
+def gigabytes(done) -> float:
+    """What all weights take of each device, as a run says."""
+    (found,) = re.findall(r"^ *text_tower  keep \(all weights take ([\d.]+) GB of each device\)$", done.out, re.MULTILINE)
+    return float(found)
+
+
 def test_what_is_printed(video):
     path, done = video
     lines = {line.strip() for line in done.out.splitlines()}
@@ -103,7 +109,7 @@ def test_what_is_printed(video):
     seconds = told.pop("seconds")
     assert seconds.keys() == STAGES
     assert lines >= {f"{stage}  {value:.2f} s" for stage, value in seconds.items()}
-    assert re.search(r"^ *text_tower  keep \(all weights take 0\.0\d+ GB of each device\)$", done.out, re.MULTILINE)
+    assert 0 < gigabytes(done) < 0.1
     assert lines >= {f"{name}  {value}" for name, value in told.items() if name not in ("version", "text_tower")}
     assert "denoise: 100%" in done.err
 
@@ -253,6 +259,7 @@ def test_what_is_printed_of_sound(talkie, video):
     assert done.told["seconds"].keys() == STAGES | {"decode_sound"}
     assert video[1].told.keys() == done.told.keys() - {"enable_sound", "save_sound"}
     assert "enable_sound  True" in done.out
+    assert gigabytes(done) > gigabytes(video[1])  # the sound decoder's weights
     assert "sound" not in video[1].out
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.record import finish
+from benchmarks.draw import small_world_table
+from benchmarks.record import finish, surroundings
 from benchmarks.small_world.film import CLIP, PITCH
 from benchmarks.small_world.judge import look, pitch, right, semitones
 from benchmarks.small_world.prompts import Prompt, prompts
@@ -58,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not rows:
                 shown.append((titled(prompt, marks[-1]), frames_of(result)))
         rows |= shares(name, asked, marks)
-    print(table(rows))
     record = {"kind": "small_world", **settings, "guidance_scale": arguments.guidance_scale, "rows": rows}
     if arguments.sheet:
         sheet(shown[:: max(1, len(shown) // SHOWN)]).save(arguments.sheet, quality=90)
         record["sheet"] = arguments.sheet.name
+    print(small_world_table({"measured": record | surroundings()}))
     finish(record | {"seconds": round(time.perf_counter() - start, 1)}, arguments.out)
 
 
@@ -135,14 +136,6 @@ def shares(name: str, asked: Sequence[Prompt], marks: Sequence[Marks]) -> dict[s
             counted = [mark[what] for prompt, mark in zip(asked, marks, strict=True) if belongs(prompt)]
             row[f"{len(counted)} {group}"] = 100 * sum(counted) / max(len(counted), 1)
     return rows
-
-
-def table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """As Markdown has it."""
-    titles = next(iter(rows.values()))
-    head = [f"| right | {' | '.join(titles)} |", "|---|---|---|---|"]
-    body = [f"| {name} | {' | '.join(f'{share:.0f} %' for share in row.values())} |" for name, row in rows.items()]
-    return "\n".join(head + body)
 
 
 if __name__ == "__main__":
