@@ -26,7 +26,7 @@ SHORT, LONG = 5, CLIP.num_frames  # frames: first it is to learn shapes and colo
 THING, BRIGHT = 8.0, -0.2  # how much a pixel counts that is brighter than any background
 NEAR = 1e-4  # how much a latent's size counts beside the picture
 EVERY = 250  # steps from one file to the next
-VAE_NOISE, NOISE = 0.1, 0.05  # added to latents of the VAE, and of sound, so that what is near one decodes alike
+NOISE = 0.1  # added to latents, so that what is near one decodes alike
 PEAK = 0.48  # of a sound's samples, as film.py has them
 AVERAGE = 0.998  # of the weights: what each step keeps of their moving average
 
@@ -108,7 +108,7 @@ def vae_loss(network: Network, pixels_bthwc: jax.Array, key: jax.Array) -> jax.A
             y, past = vae.decoder(z, past)
             return unfold(y, config.patch_size), past
 
-        z = mean + VAE_NOISE * jax.random.normal(key, mean.shape)  # of a deviation that is learned, nothing is for long
+        z = mean + NOISE * jax.random.normal(key, mean.shape)  # of a deviation that is learned, nothing is for long
         off = stream(decoder, vae.post_quant_conv(z)[0], 1) - pixels_thwc
         counts = jnp.where(jnp.max(pixels_thwc, axis=-1, keepdims=True) > BRIGHT, THING, 1)
         edges = jnp.abs(jnp.diff(off, axis=1))[:, :, 1:] + jnp.abs(jnp.diff(off, axis=2))[:, 1:]  # [t, h-1, w-1, 3]
@@ -145,7 +145,7 @@ def sound_loss(networks: dict[str, Network], wave_bnc: jax.Array, key: jax.Array
         wave_nc = wave_nc / jnp.abs(wave_nc).max() * PEAK  # as the encoder hears it
         heard_nc = decoder.decode(z)
         off = jnp.mean(jnp.abs(heard_nc - wave_nc)) + jnp.mean(jnp.abs(_spectra(heard_nc) - _spectra(wave_nc)))
-        return off + 1e-3 * jnp.mean(jnp.square(z))
+        return off + 1e-2 * jnp.mean(jnp.square(z))
 
     return jnp.mean(jax.vmap(one)(wave_bnc, jax.random.split(key, len(wave_bnc))))
 

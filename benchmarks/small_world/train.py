@@ -76,8 +76,8 @@ class Plan:
 
 QUICK = Plan(vae_steps=2, short_steps=1, sound_steps=2, examples=8, images=4, steps=2, batch_size=2)
 SHORT_FILMS, FILMS = (12, autoencoders.SHORT), (3, autoencoders.LONG)  # (batch size, frames) that the VAE learns from
-SOUND_BATCH, SOUND_LATENTS = 8, 10
-VAE_RATE, SOUND_RATE, RATE = 2e-3, 2e-3, 1.5e-3  # learning rates, the highest
+SOUND_BATCH, SOUND_LATENTS, QUIET = 8, 10, 0.01
+VAE_RATE, SOUND_RATE, RATE = 2e-3, 1e-3, 1.5e-3  # learning rates, the highest
 DRAWS = Draws(flow_shift=3.0, caption_dropout=0.1, image_share=0.2, clip_share=0.05)
 
 RECORD = "small-world-training.json"
@@ -130,8 +130,9 @@ def main(argv: list[str] | None = None) -> None:
     vae, (mean, std) = work.stage("vae", lambda: train_vae(plan, folder))
     config = dataclasses.replace(VAE_CONFIG, latents_mean=tuple(mean), latents_std=tuple(std))
     sound = work.stage("sound", lambda: train_sound(plan, folder))
-    latents = work.stage("latents", lambda: encode(plan, config, vae, sound))
-    towers = work.stage("transformer", lambda: train_transformer(plan, folder, latents))
+    latents = work.stage("latents", lambda: encode(plan, config, vae))
+    kinds, nothing = examples(folder, latents, encode_sounds(sound["encoder"]))
+    towers = work.stage("transformer", lambda: train_transformer(plan, folder, kinds, nothing))
     networks = {"vae": vae, "sound": sound["decoder"], "sound_encoder": sound["encoder"], **towers}
     write(folder / "checkpoint", config, networks, folder / "text_tokenizer")
     print(f"{folder / 'checkpoint'}: {sum(file.stat().st_size for file in (folder / 'checkpoint').rglob('*')) / 1e6:.1f} MB")
@@ -180,7 +181,10 @@ def train_vae(plan: Plan, folder: Path) -> tuple[Values, Any]:
 def train_sound(plan: Plan, folder: Path) -> dict[str, Values]:
     """The weights of the sound tokenizer."""
     assert SOUND_CONFIG.encoder is not None
-    networks = {"encoder": fresh(SoundEncoder(SOUND_CONFIG.encoder), 2), "decoder": fresh(SoundDecoder(SOUND_CONFIG), 3)}
+    decoder = fresh(SoundDecoder(SOUND_CONFIG), 3)
+    # It starts as good as silent: samples are clipped, and what is clipped has no gradient.
+    quiet = map_weights(lambda path, w: w.get_value() * (QUIET if "conv2" in path else 1), decoder.weights)
+    networks = {"encoder": fresh(SoundEncoder(SOUND_CONFIG.encoder), 2), "decoder": Network(decoder.graph, quiet)}
     samples = SOUND_LATENTS * SOUND_CONFIG.samples_per_latent
     tones = functools.partial(autoencoders.tones, SOUND_BATCH, samples, SOUND_CONFIG, 3)
     networks = fit(networks, autoencoders.sound_loss, tones, plan.sound_steps, SOUND_RATE, kept=folder / "sound.fit")
@@ -206,11 +210,9 @@ def encode_clip(vae: Network, pixels_thwc: Any) -> jax.Array:
     return vae.merge().encode(pixels_thwc)
 
 
-def encode(plan: Plan, config: VAEConfig, vae: Values, sound: dict[str, Values]) -> dict[str, Any]:
-    """The latents of films and of pictures, in half precision, their captions, and the latents of the sound of each shape."""
-    assert SOUND_CONFIG.encoder is not None
-    network, encoder = filled(VAE(config), vae), filled(SoundEncoder(SOUND_CONFIG.encoder), sound["encoder"])
-    samples = SOUND_CONFIG.latent_frames(CLIP.num_frames, CLIP.fps) * SOUND_CONFIG.samples_per_latent
+def encode(plan: Plan, config: VAEConfig, vae: Values) -> dict[str, Any]:
+    """The latents of films and of pictures, in half precision, their captions, and the shapes that are heard."""
+    network = filled(VAE(config), vae)
     found: dict[str, Any] = {"films": [], "film_texts": [], "first_shapes": [], "images": [], "image_texts": []}
     for scene, text, film in tqdm(scenes(plan.examples, seed=4), desc="encode", total=plan.examples):
         found["films"].append(np.asarray(encode_clip(network, pixels(film)), np.float16))
@@ -219,14 +221,22 @@ def encode(plan: Plan, config: VAEConfig, vae: Values, sound: dict[str, Values])
     for _, text, film in scenes(plan.images, seed=5):
         found["images"].append(np.asarray(encode_clip(network, pixels(film[:1])), np.float16))
         found["image_texts"].append(text)
-    for shape in SHAPES:
-        scene = Scene((Thing(shape, "red", "still"),))
-        wave_nc = tone(scene, samples, SOUND_CONFIG.sampling_rate, SOUND_CONFIG.dec_out_channels).T
-        found[shape] = np.asarray(jax.jit(lambda network, wave: network.merge().encode(wave))(encoder, wave_nc))
     return found
 
 
-def examples(folder: Path, latents: dict[str, Any]) -> tuple[list[list[Example]], list[int]]:
+def encode_sounds(encoder: Values) -> dict[str, np.ndarray]:
+    """The sound latents of a film, by the shape that is heard."""
+    assert SOUND_CONFIG.encoder is not None
+    network, config = filled(SoundEncoder(SOUND_CONFIG.encoder), encoder), SOUND_CONFIG
+    samples = config.latent_frames(CLIP.num_frames, CLIP.fps) * config.samples_per_latent
+    found = {}
+    for shape in SHAPES:
+        scene = Scene((Thing(shape, "red", "still"),))
+        found[shape] = np.asarray(network.merge().encode(tone(scene, samples, config.sampling_rate, config.dec_out_channels).T))
+    return found
+
+
+def examples(folder: Path, latents: dict[str, Any], sounds: dict[str, np.ndarray]) -> tuple[list[list[Example]], list[int]]:
     """Films with sound, films without, and pictures; and the tokens of no caption."""
     tokenizer = load_tokenizer(folder / "text_tokenizer", TRANSFORMER_CONFIG.vocab_size)
 
@@ -235,7 +245,7 @@ def examples(folder: Path, latents: dict[str, Any]) -> tuple[list[list[Example]]
         return tokenize(tokenizer, native_texts(text, "", metadata, "")[0])
 
     films = [
-        Example(Latents(np.asarray(video, np.float32), latents[shape]), ids(text, CLIP.num_frames))
+        Example(Latents(np.asarray(video, np.float32), sounds[shape]), ids(text, CLIP.num_frames))
         for video, text, shape in zip(latents["films"], latents["film_texts"], latents["first_shapes"], strict=True)
     ]
     silent = [Example(Latents(film.latents.video), film.ids) for film in films]
@@ -244,9 +254,8 @@ def examples(folder: Path, latents: dict[str, Any]) -> tuple[list[list[Example]]
     return [films, silent, images], tokenize(tokenizer, "")
 
 
-def train_transformer(plan: Plan, folder: Path, latents: dict[str, Any]) -> dict[str, Values]:
+def train_transformer(plan: Plan, folder: Path, kinds: list[list[Example]], nothing: list[int]) -> dict[str, Values]:
     """The weights of both towers, averaged; from where an earlier run was stopped."""
-    kinds, nothing = examples(folder, latents)
     towers = {"und": fresh(UndTower(TRANSFORMER_CONFIG), 6), "gen": fresh(GenTower(TRANSFORMER_CONFIG), 7)}
     how = Optimization(steps=plan.steps, learning_rate=RATE, warmup=200, weight_decay=0.01, average=0.999)
     trained, mesh = Whole(towers, jnp.float32), make_mesh()
