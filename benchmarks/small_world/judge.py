@@ -23,7 +23,7 @@ FAR_K = np.linalg.norm(AWAY_K3, axis=-1)
 COSINE = 0.85  # with the nearest colour, of the pixels that are of a colour
 HALF = 0.45  # of the way from gray to a colour: where a thing ends
 FAINT = 0.2  # of a thing's colour: what has less is of the stripes, or noise
-SMALLEST = 60.0  # square pixels; the small star has 230
+SMALLEST = 60.0  # square pixels; the small star has 518
 SECOND = 0.4  # of the largest part: another of the same colour, which leaves open which one is meant
 PRESENT = 0.8  # of the frames show a thing; what fewer show is no thing
 STRAY = 0.2  # of the frames; what fewer show is nothing

@@ -70,7 +70,7 @@ class Plan:
     sound_steps: int = 1500
     examples: int = 12_000  # films, encoded once
     images: int = 1_500  # of one frame
-    steps: int = 5000  # of the transformer
+    steps: int = 12_000  # of the transformer
     batch_size: int = 32
 
 
