@@ -149,25 +149,30 @@ def picture_names(records: Records) -> dict[str, str]:
 
 def small_world_table(records: Records) -> str:
     """How often the built-in checkpoint did what it was told."""
-    (each,) = records.values()
-    rows = [[name, *(f"{share:.0f} %" for share in row.values())] for name, row in each["rows"].items()]
+    return "\n\n".join(map(_marks, records.values()))
+
+
+def _marks(each: dict[str, Any]) -> str:
     steps, scale, shift = (each[name] for name in ("num_inference_steps", "guidance_scale", "flow_shift"))
     return _table(
-        "For how many prompts it was right, as frames and sounds alone tell (`python -m benchmarks.small_world.measure`): "
-        f"{steps} steps, guidance scale {scale:g} where none is told, flow shift {shift:g}, on {where(each)}:",
+        "The share of prompts with a right result, judged from its frames and its sound alone (`python -m "
+        f"benchmarks.small_world.measure`): {each['checkpoint']}, {steps} steps, guidance scale {scale:g} where none is told, flow "
+        f"shift {shift:g}, on {where(each)}. All that is told: also size, speed and background, where the prompt names them. "
+        "Pitch: within a semitone of that of the first shape. An image gives all but the motion:",
         ["right", *next(iter(each["rows"].values()))],
-        rows,
+        [[name, *(f"{share:.0f} %" for share in row.values())] for name, row in each["rows"].items()],
     )
 
 
 def small_world_training_table(records: Records) -> str:
     """How long it was trained."""
-    (each,) = records.values()
-    taken = each["seconds"]
-    return _table(
-        f"Minutes of training from random weights, on {where(each)} (`python -m benchmarks.small_world.train WORK`):",
-        [*taken, "all"],
-        [[f"{value / 60:.0f}" for value in (*taken.values(), sum(taken.values()))]],
+    return "\n\n".join(
+        _table(
+            f"Minutes of training, on {where(each)} (`python -m benchmarks.small_world.train WORK`):",
+            [*each["seconds"], "all"],
+            [[f"{value / 60:.0f}" for value in (*each["seconds"].values(), sum(each["seconds"].values()))]],
+        )
+        for each in records.values()
     )
 
 

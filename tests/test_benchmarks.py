@@ -339,6 +339,7 @@ RECORDS = {
     },
     "world": {
         "kind": "small_world",
+        "checkpoint": "the built-in checkpoint",
         "num_inference_steps": 20,
         "guidance_scale": 4.0,
         "flow_shift": 3.0,

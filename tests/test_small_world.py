@@ -386,6 +386,13 @@ def test_another_thing_for_a_part_of_the_time_is_not_right():
     assert right(Scene((BALL,)), look(film_thwc))["all"]  # three frames are nothing
 
 
+@pytest.mark.parametrize(("before", "after"), itertools.permutations(SHAPES, 2))
+def test_what_becomes_another_shape_has_none(before, after):
+    films = [frames(alone(dataclasses.replace(BALL, shape=shape)), rng()) for shape in (before, after)]
+    film_thwc = np.concatenate([films[0][:13], films[1][13:]])
+    assert not any(right(alone(dataclasses.replace(BALL, shape=shape)), look(film_thwc))["shape"] for shape in SHAPES)
+
+
 def test_two_alike_leave_open_which_one_is_meant():
     film_thwc = frames(alone(BALL), rng())
     film_thwc = np.where(amounts(film_thwc)[..., None] > 0, film_thwc, np.roll(film_thwc, 50, axis=1))

@@ -23,7 +23,8 @@ from cosmos3_jax.weights import Network
 T = TypeVar("T")
 CROP = 48  # pixels on a side of what the VAE is trained on
 SHORT, LONG = 5, CLIP.num_frames  # frames: first it is to learn shapes and colours, then not to drift
-THING, BRIGHT = 8.0, -0.2  # how much a pixel counts that is brighter than any background
+THING = 8.0  # how much a pixel of a thing counts
+BRIGHT = -0.2  # what is brighter than this in a channel is of a thing; backgrounds are below -0.34
 NEAR = 1e-4  # how much a latent's size counts beside the picture
 EVERY = 250  # steps from one file to the next
 NOISE = 0.1  # added to latents, so that what is near one decodes alike
@@ -142,7 +143,7 @@ def sound_loss(networks: dict[str, Network], wave_bnc: jax.Array, key: jax.Array
         encoder, decoder = networks["encoder"].merge(), networks["decoder"].merge()
         z = encoder.encode(wave_nc)
         z += NOISE * jax.random.normal(key, z.shape)
-        wave_nc = wave_nc / jnp.abs(wave_nc).max() * PEAK  # as the encoder hears it
+        wave_nc = wave_nc / jnp.abs(wave_nc).max() * PEAK  # at the volume of the world's sounds, whatever the encoder was given
         heard_nc = decoder.decode(z)
         off = jnp.mean(jnp.abs(heard_nc - wave_nc)) + jnp.mean(jnp.abs(_spectra(heard_nc) - _spectra(wave_nc)))
         return off + 1e-2 * jnp.mean(jnp.square(z))

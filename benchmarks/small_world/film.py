@@ -31,7 +31,7 @@ DIAMETER: dict[str | None, float] = {"small": 30.0, "large": 44.0}
 PIXELS_PER_SECOND: dict[str | None, float] = {"slow": 24.0, "fast": 56.0}
 STEP = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}  # (x, y), y downwards
 PITCH = {"ball": 300, "square": 400, "triangle": 500, "star": 600}  # Hz; multiples of 25, so that each 1/25 s is the same
-HARMONICS = 0.4, 0.15, 0.05  # a peak of 0.5
+HARMONICS = 0.4, 0.15, 0.05  # a peak of 0.48
 GAP = 4.0  # between two things
 TRIES = 64  # to place two things apart
 

@@ -1,6 +1,8 @@
 """What is in a film of the small world, found in its pixels and samples alone, to say whether a model did what it was told.
 
-It is strict: where something is missing, doubled or between two answers there is no answer, and that counts as wrong.
+It wants clear answers: what is missing in more than a fifth of the frames, has a rival of its own colour, becomes another on
+the way or is between two answers has none, and that counts as wrong. What is faint, small or of no colour of this world is not
+seen.
 
 A colour is a direction in RGB, seen from the gray of the backgrounds, so that a soft edge between the two is of the same
 colour. The things are the largest connected parts of each colour. A shape is compared with soft pictures of all four.
@@ -13,6 +15,7 @@ import math
 
 import numpy as np
 from PIL import Image, ImageFilter
+from scipy import ndimage
 
 from benchmarks.small_world.film import BACKGROUND, DIAMETER, OUTLINES, PIXELS_PER_SECOND, RGB, STEP, coverage, stripes
 from benchmarks.small_world.scene import COLOURS, SHAPES, Scene
@@ -25,12 +28,14 @@ HALF = 0.45  # of the way from gray to a colour: where a thing ends
 FAINT = 0.2  # of a thing's colour: what has less is of the stripes, or noise
 SMALLEST = 60.0  # square pixels; the small star has 518
 SECOND = 0.4  # of the largest part: another of the same colour, which leaves open which one is meant
+NEIGHBOURS = np.array([[[0] * 3] * 3, [[0, 1, 0], [1, 1, 1], [0, 1, 0]], [[0] * 3] * 3])  # of a pixel, in its own frame
 PRESENT = 0.8  # of the frames show a thing; what fewer show is no thing
 STRAY = 0.2  # of the frames; what fewer show is nothing
 NEARER = 0.75  # at most, the distance to the best answer over that to the next
 GRID = np.linspace(-1.05, 1.05, 25)  # where shapes are compared, in roots of a thing's area, from its centre
 BLURS = 0.0, 0.06, 0.12, 0.18  # deviations, in the same unit
 ALIKE, AHEAD = 0.94, 0.006  # of the correlation with the best shape, and how much it is above the next
+THIRDS = 3  # of a film in which a thing must have the same shape
 STILL = 8.0  # pixels a second (of 128x128)
 SLOWEST = 14.0
 FASTEST = 84.0
@@ -51,10 +56,7 @@ class Seen:
     direction: str | None = None
     size: str | None = None
     speed: str | None = None  # also None for what stands still
-    centre: tuple[float, ...] | None = None  # (x, y) in the middle of the film
     velocity: tuple[float, float] | None = None  # (x, y) a second
-    diameter: float | None = None
-    likeness: float | None = None  # with the best shape, at most 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,43 +137,15 @@ def largest_part(mask_thw: np.ndarray, least: float) -> tuple[np.ndarray, np.nda
     """The largest 4-connected part of each frame, of at least `least` pixels, as a mask; and the frames [t] where there is one
     that has no rival.
     """
-    count, height, width = mask_thw.shape
-    # All runs of pixels in rows, as places in one long line; an empty row between frames, an empty pixel between rows.
-    line = np.pad(mask_thw, ((0, 0), (0, 1), (0, 1))).reshape(-1).astype(np.int8)
-    edges = np.diff(line, prepend=np.int8(0))
-    starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
-    below, above = _touching(starts, ends, width + 1)
-    part = np.arange(len(starts))
-    while True:
-        lower = part.copy()
-        np.minimum.at(lower, below, part[above])
-        np.minimum.at(lower, above, part[below])
-        lower = lower[lower]
-        if (lower == part).all():
-            break
-        part = lower
-    sizes = np.bincount(part, ends - starts, len(starts))
-    frame = starts // ((height + 1) * (width + 1))
-    kept, clear_t = np.zeros(len(starts), bool), np.zeros(count, bool)
-    for t in range(count):
-        here = slice(*np.searchsorted(frame, [t, t + 1]))
-        if here.stop > here.start:
-            second, first = np.sort(np.append(sizes[here], 0))[-2:]
-            if first >= least:
-                kept[here] = part[here] == here.start + np.argmax(sizes[here])
-                clear_t[t] = second < SECOND * first
-    marks = np.zeros(len(line), np.int8)
-    marks[starts[kept]] += 1
-    marks[ends[kept]] -= 1
-    return np.cumsum(marks, dtype=np.int8).reshape(count, height + 1, width + 1)[:, :-1, :-1] > 0, clear_t
-
-
-def _touching(starts: np.ndarray, ends: np.ndarray, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs of runs (lower, upper) that share a column in neighbouring rows."""
-    first, last = np.searchsorted(ends, starts - row, "right"), np.searchsorted(starts, ends - row, "left")
-    many = np.maximum(last - first, 0)
-    below = np.repeat(np.arange(len(starts)), many)
-    return below, np.arange(many.sum()) + np.repeat(first - np.cumsum(many) + many, many)
+    parts_thw, _ = ndimage.label(mask_thw, NEIGHBOURS)
+    kept_thw, clear_t = np.zeros_like(mask_thw), np.zeros(len(mask_thw), bool)
+    for t, parts_hw in enumerate(parts_thw):
+        numbers, sizes = np.unique(parts_hw[parts_hw > 0], return_counts=True)
+        second, first = np.sort(np.append(sizes, (0, 0)))[-2:]
+        if first >= least:
+            kept_thw[t] = parts_hw == numbers[np.argmax(sizes)]
+            clear_t[t] = second < SECOND * first
+    return kept_thw, clear_t
 
 
 def _labels(pixels_thwc: np.ndarray) -> np.ndarray:
@@ -204,7 +178,10 @@ def _seen(
     x_t = (amount_thw.sum(axis=1) @ (np.arange(amount_thw.shape[2]) + 0.5)) / area_t
     y_t = (amount_thw.sum(axis=2) @ (np.arange(amount_thw.shape[1]) + 0.5)) / area_t
     side = float(np.sqrt(np.median(area_t)))
-    shape, likeness = _shape(np.median(_around(amount_thw, x_t, y_t, side), axis=0))
+    around_t = _around(amount_thw, x_t, y_t, side)
+    shape = _shape(np.median(around_t, axis=0))
+    if any(_shape(np.median(part, axis=0)) != shape for part in np.array_split(around_t, min(THIRDS, len(around_t)))):
+        shape = None
     diameter = side / math.sqrt(OUTLINES[shape].area) / scale if shape else None
     path_t2 = np.stack([x_t + columns.start, y_t + rows.start], axis=1) / scale
     velocity, direction, speed = _motion(path_t2, clear / fps)
@@ -214,10 +191,7 @@ def _seen(
         direction,
         _nearest(DIAMETER, diameter),
         speed,
-        tuple(map(float, np.median(path_t2, axis=0))),
         velocity,
-        diameter,
-        likeness,
     )
 
 
@@ -264,11 +238,11 @@ def _normalized(picture: np.ndarray) -> np.ndarray:
     return values / max(float(np.linalg.norm(values)), 1e-6)
 
 
-def _shape(picture: np.ndarray) -> tuple[str | None, float]:
-    """The shape in a picture at GRID, if it is clearly one, and the correlation with it."""
+def _shape(picture: np.ndarray) -> str | None:
+    """The shape in a picture at GRID, if it is clearly one."""
     alike_s = (_templates() @ _normalized(picture)).max(axis=1)
     next_, best = np.sort(alike_s)[-2:]
-    return SHAPES[int(np.argmax(alike_s))] if best > ALIKE and best - next_ > AHEAD else None, float(best)
+    return SHAPES[int(np.argmax(alike_s))] if best > ALIKE and best - next_ > AHEAD else None
 
 
 def _motion(path_t2: np.ndarray, seconds_t: np.ndarray) -> tuple[tuple[float, float] | None, str | None, str | None]:

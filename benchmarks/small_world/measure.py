@@ -25,7 +25,7 @@ from cosmos3_jax.checkpoint import BUILT_IN
 from cosmos3_jax.flags import BUILT_IN_DEFAULTS
 from cosmos3_jax.result import Result
 
-SHOWN = 12  # prompts on the sheet, evenly among all
+SHOWN = 10  # prompts on the sheet, evenly among all
 
 Marks = dict[str, bool]
 """What was right of one result."""
@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not rows:
                 shown.append((titled(prompt, marks[-1]), frames_of(result)))
         rows |= shares(name, asked, marks)
-    record = {"kind": "small_world", **settings, "guidance_scale": arguments.guidance_scale, "rows": rows}
+    model = "the built-in checkpoint" if arguments.checkpoint == BUILT_IN else arguments.checkpoint.name
+    record = {"kind": "small_world", "checkpoint": model, **settings, "guidance_scale": arguments.guidance_scale, "rows": rows}
     if arguments.sheet:
         sheet(shown[:: max(1, len(shown) // SHOWN)]).save(arguments.sheet, quality=90)
         record["sheet"] = arguments.sheet.name
@@ -93,7 +94,7 @@ def judged(prompt: Prompt, result: Result, *, with_image: bool) -> Marks:
         "pitch": in_tune(prompt, result),
     }
     if with_image:
-        marks["first frame above 25 dB"] = psnr(result.video[0], prompt.first_frame() / 255) > 25
+        marks["first frame is the image (above 25 dB)"] = psnr(result.video[0], prompt.first_frame() / 255) > 25
     return marks
 
 
@@ -103,7 +104,7 @@ def frames_of(result: Result) -> np.ndarray:
 
 
 def titled(prompt: Prompt, marks: Marks) -> str:
-    """The prompt, whether its combination was trained on, and what is wrong of its video."""
+    """The prompt, whether its combination was trained on, and what is wrong of shape and colour or direction."""
     wrong = [what for what in ("colour and shape", "direction") if not marks[what]]
     told = ["never seen"] * prompt.held_out + [f"wrong: {', '.join(wrong)}"] * bool(wrong)
     return prompt.text + (f" ({'; '.join(told)})" if told else "")
@@ -123,11 +124,12 @@ def psnr(frame: np.ndarray, expected: np.ndarray) -> float:
 
 
 def shares(name: str, asked: Sequence[Prompt], marks: Sequence[Marks]) -> dict[str, dict[str, float]]:
-    """Of each mark, in percent, how many of all, of the seen and of the unseen prompts have it."""
+    """Of each mark, in percent, how many of all prompts and of each group of them have it."""
     groups: Mapping[str, Callable[[Prompt], bool]] = {
         "prompts": lambda prompt: True,
-        "of combinations trained on": lambda prompt: not prompt.held_out,
-        "of combinations never seen": lambda prompt: prompt.held_out,
+        "of one thing as in training": lambda prompt: not prompt.held_out and len(prompt.scene.things) == 1,
+        "of one thing never seen": lambda prompt: prompt.held_out,
+        "of two things": lambda prompt: len(prompt.scene.things) == 2,
     }
     rows: dict[str, dict[str, float]] = {}
     for what in marks[0]:

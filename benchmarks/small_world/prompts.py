@@ -12,7 +12,7 @@ import itertools
 import numpy as np
 from numpy.random import Generator
 
-from benchmarks.small_world.film import CLIP, Clip, frames
+from benchmarks.small_world.film import frames
 from benchmarks.small_world.scene import (
     COLOURS,
     DIRECTIONS,
@@ -44,13 +44,13 @@ class Prompt:
         """What must be seen."""
         return read(self.text)
 
-    def first_frame(self, clip: Clip = CLIP) -> np.ndarray:
-        """Where a film of such a clip may begin, for image-to-video: uint8 [h, w, 3]."""
-        return self.film(clip)[0]
+    def first_frame(self) -> np.ndarray:
+        """Where a film may begin, for image-to-video: uint8 [h, w, 3]."""
+        return self.film()[0]
 
-    def film(self, clip: Clip = CLIP) -> np.ndarray:
+    def film(self) -> np.ndarray:
         """How it may go on: uint8 [t, h, w, 3]."""
-        return frames(self.scene, np.random.default_rng([SEED, self.seed]), clip)
+        return frames(self.scene, np.random.default_rng([SEED, self.seed]))
 
 
 @functools.cache

@@ -32,7 +32,7 @@ BALL_VERBS = "rolls", "moves", "goes"
 PLACES = "over", "on", "in front of"
 JOINTS = " and ", " while "
 TOLD = 0.5  # how often size, speed and background are
-TWO = 0.25  # how often there are two things
+TWO = 0.25  # how often two things are drawn; fewer stay, for either may be held out
 MODULUS = 7  # of the rule of what is held out
 
 

@@ -26,14 +26,14 @@ LINE = 18  # the height of a caption
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="a .png, or a folder")
+    parser.add_argument("out", type=Path, help="a .png or .webp, or a folder")
     parser.add_argument("--count", type=int, default=12, help="of scenes (12)")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes (0)")
     arguments = parser.parse_args(argv)
     random = np.random.default_rng(arguments.seed)
     scenes = [draw_scene(random) for _ in range(arguments.count)]
     films = [(caption(scene, random), frames(scene, random)) for scene in scenes]
-    if arguments.out.suffix == ".png":
+    if arguments.out.suffix:
         sheet(films).save(arguments.out)
         return
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Trains the built-in checkpoint from random weights: `python -m benchmarks.small_world.train WORK` writes WORK/checkpoint.
 
-Tokenizer, VAE, sound tokenizer and transformer, one after the other, on scenes that are drawn as they are needed. What is
-finished is kept in WORK, so that the same command goes on where it was stopped. WORK/small-world-training.json tells the
-seconds of each stage, and what they ran on.
+Tokenizer, VAE, sound tokenizer and transformer, one after the other. The autoencoders see new scenes at every step, the
+transformer 12,000 films that are encoded once. What is finished is kept in WORK, so that the same command goes on where it was
+stopped. WORK/small-world-training.json tells the seconds of each stage, and what they ran on.
 """
 
 import argparse
@@ -76,7 +76,8 @@ class Plan:
 
 QUICK = Plan(vae_steps=2, short_steps=1, sound_steps=2, examples=8, images=4, steps=2, batch_size=2)
 SHORT_FILMS, FILMS = (12, autoencoders.SHORT), (3, autoencoders.LONG)  # (batch size, frames) that the VAE learns from
-SOUND_BATCH, SOUND_LATENTS, QUIET = 8, 10, 0.01
+SOUND_BATCH, SOUND_LATENTS = 8, 10
+QUIET = 0.01  # the sound decoder's last weights, and the last of each residual unit, begin with so much of their usual size
 VAE_RATE, SOUND_RATE, RATE = 2e-3, 1e-3, 1.5e-3  # learning rates, the highest
 DRAWS = Draws(flow_shift=3.0, caption_dropout=0.1, image_share=0.2, clip_share=0.05)
 
@@ -119,10 +120,10 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.small_world.train", description=__doc__)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, in WORK/quick, to see that it runs")
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that times are told
-    folder: Path = arguments.work
+    folder: Path = arguments.work / "quick" if arguments.quick else arguments.work
     folder.mkdir(parents=True, exist_ok=True)
     plan, work = QUICK if arguments.quick else Plan(), Work(folder)
     if not (folder / "text_tokenizer").exists():
@@ -135,7 +136,8 @@ def main(argv: list[str] | None = None) -> None:
     towers = work.stage("transformer", lambda: train_transformer(plan, folder, kinds, nothing))
     networks = {"vae": vae, "sound": sound["decoder"], "sound_encoder": sound["encoder"], **towers}
     write(folder / "checkpoint", config, networks, folder / "text_tokenizer")
-    print(f"{folder / 'checkpoint'}: {sum(file.stat().st_size for file in (folder / 'checkpoint').rglob('*')) / 1e6:.1f} MB")
+    size = sum(file.stat().st_size for file in (folder / "checkpoint").rglob("*") if file.is_file())
+    print(f"{folder / 'checkpoint'}: {size / 1e6:.1f} MB")
 
 
 def texts(count: int) -> Iterator[str]:
@@ -182,7 +184,7 @@ def train_sound(plan: Plan, folder: Path) -> dict[str, Values]:
     """The weights of the sound tokenizer."""
     assert SOUND_CONFIG.encoder is not None
     decoder = fresh(SoundDecoder(SOUND_CONFIG), 3)
-    # It starts as good as silent: samples are clipped, and what is clipped has no gradient.
+    # As good as silent, for what is clipped has no gradient.
     quiet = map_weights(lambda path, w: w.get_value() * (QUIET if "conv2" in path else 1), decoder.weights)
     networks = {"encoder": fresh(SoundEncoder(SOUND_CONFIG.encoder), 2), "decoder": Network(decoder.graph, quiet)}
     samples = SOUND_LATENTS * SOUND_CONFIG.samples_per_latent

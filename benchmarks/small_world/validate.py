@@ -115,7 +115,7 @@ NO_SCENES: dict[str, Callable[[Generator], np.ndarray]] = {
 
 
 def accuracy(damage: Damage, count: int, things: int, seed: int = 0) -> tuple[float, list[Scene]]:
-    """The share of scenes of so many things of which all is right, and the others."""
+    """The share of scenes of so many things of which all is right, and the scenes that are not."""
     random, wrong = np.random.default_rng(seed), []
     drawn = 0
     while drawn < count:
