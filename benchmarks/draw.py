@@ -156,9 +156,9 @@ def _marks(each: dict[str, Any]) -> str:
     steps, scale, shift = (each[name] for name in ("num_inference_steps", "guidance_scale", "flow_shift"))
     return _table(
         "The share of prompts with a right result, judged from its frames and its sound alone (`python -m "
-        f"benchmarks.small_world.measure`): {each['checkpoint']}, {steps} steps, guidance scale {scale:g} where none is told, flow "
-        f"shift {shift:g}, on {where(each)}. All that is told: also size, speed and background, where the prompt names them. "
-        "Pitch: within a semitone of that of the first shape. An image gives all but the motion:",
+        f"benchmarks.small_world.measure`): {each['checkpoint']}, {steps} steps, guidance scale {scale:g} where none is told, "
+        f"flow shift {shift:g}, on {where(each)}. All that is told: also size, speed and background, where the prompt names "
+        "them. Pitch: within a semitone of that of the first shape. An image gives all but the motion:",
         ["right", *next(iter(each["rows"].values()))],
         [[name, *(f"{share:.0f} %" for share in row.values())] for name, row in each["rows"].items()],
     )

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -83,7 +84,7 @@ def plain_errors(folder: Path, what: str) -> Iterator[None]:
         logger.setLevel(logging.CRITICAL)
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError, jax.errors.JaxRuntimeError):  # no fault of the folder's
         raise
     except Exception as error:
         levels = [logging.CRITICAL] * len(loggers)  # its unfinished tasks may still have something to say

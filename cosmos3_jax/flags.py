@@ -27,18 +27,21 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(Request)}
     given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
     for name in ("prompt", "negative_prompt"):
-        if given.get(name, "").startswith("@"):
-            given[name] = _read_text(given[name][1:])
+        if name in given:
+            given[name] = text_of(given[name])
     if arguments.checkpoint is None and arguments.preset is None:
         given = BUILT_IN_DEFAULTS | given
     return {"output_type": "pil"} | given
 
 
-def _read_text(path: str) -> str:
+def text_of(value: str) -> str:
+    """A flag's text, or what the file has that "@FILE" names. Raises InputError for a file that cannot be read."""
+    if not value.startswith("@"):
+        return value
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(value[1:]).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise InputError(f"@{path}: no text file that can be read ({error})") from error
+        raise InputError(f"{value}: no text file that can be read ({error})") from error
 
 
 def file_and_scale(text: str) -> tuple[str, float]:

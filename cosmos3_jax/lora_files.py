@@ -34,7 +34,7 @@ from cosmos3_jax.weights import Network, by_path
 
 log = logging.getLogger(__name__)
 
-NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' and peft's, in a folder
+NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "lora.safetensors")  # diffusers', peft's, a run's
 METADATA, CONFIG = "lora_adapter_metadata", "adapter_config.json"
 ROLES = {"lora_A.weight": "a", "lora_down.weight": "a", "lora_B.weight": "b", "lora_up.weight": "b", "alpha": "alpha"}
 TENSOR = re.compile(rf"(?:base_model\.model\.)?(?:transformer\.)?(.+)\.({'|'.join(map(re.escape, ROLES))})")

@@ -42,6 +42,8 @@ def _train(arguments: argparse.Namespace) -> int:
     data, out = Path(arguments.data), Path(arguments.out)
     if not out.absolute().parent.is_dir():
         raise InputError(f"{out}: there is no folder {out.absolute().parent}; create it first")
+    if out.resolve().is_relative_to(data.resolve()):
+        raise InputError(f"{out}: lies in {data}, so that its samples would be taken for clips; give a folder beside it")
     clips = find_clips(data)
     Checkpoint.open(arguments.checkpoint, weights=False, sound_encoder=settings.enable_sound)
     mesh = make_mesh(arguments.cfg, arguments.tp)
@@ -60,13 +62,14 @@ def _train(arguments: argparse.Namespace) -> int:
     with stoppable() as check:
         made = post_train(model, clips, settings, out, cache, check=check, progress=not arguments.quiet)
     if processes.is_first():
-        print(json.dumps({"out": str(made), "steps": settings.steps, "seconds": round(time.perf_counter() - start, 1)}))
+        print(json.dumps({"out": str(made), "seconds": round(time.perf_counter() - start, 1)}))
     return 0
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(Training)}
-    return {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    return given | {"sample_prompts": [flags.text_of(prompt) for prompt in arguments.sample_prompts or ()]}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,14 +85,14 @@ def parser() -> argparse.ArgumentParser:
     add("--width", metavar="W", type=int, help="pixels, a multiple of 16 (1280)")
     add("--fps", metavar="F", type=float, help="frames a second that are taken of a clip (24)")
     add("--sound", action="store_const", const=True, dest="enable_sound", help="learn the soundtracks too")
-    add("--steps", metavar="N", type=int, help="of the optimizer (1000)")
+    add("--steps", metavar="N", type=int, help="of the optimizer (1000); a run that has done as many only leaves its result")
     add("--batch-size", metavar="N", type=int, help="clips in a batch, divided over --cfg (1)")
     add("--accumulate", metavar="N", type=int, help="batches in a step (1)")
     add("--learning-rate", metavar="R", type=float, help="the highest (1e-4 for LoRA, else 2e-5)")
-    add("--warmup", metavar="N", type=int, help="steps in which it rises (100)")
+    add("--warmup", metavar="N", type=int, help="steps in which it rises, at most half of all (100)")
     add("--weight-decay", metavar="X", type=float, help="of matrices (0.01)")
-    add("--clip", metavar="X", type=float, help="norm of all gradients that is never exceeded (1)")
-    add("--ema", metavar="X", type=float, dest="average", help="keep a moving average of the weights, 0.999 say (none)")
+    add("--clip-norm", metavar="X", type=float, help="of all gradients together, at most (1)")
+    add("--ema", metavar="X", type=float, dest="average", help="leave a moving average of the weights, 0.999 say (none)")
     add("--flow-shift", metavar="S", type=float, help="more of the noise levels at high noise (10; images 3)")
     add("--caption-dropout", metavar="X", type=float, help="share of clips without their caption (0.1)")
     add("--image-share", metavar="X", type=float, help="share of clips of which the first frame is given (0.2)")
@@ -98,16 +101,11 @@ def parser() -> argparse.ArgumentParser:
     add("--train-text-tower", action="store_const", const=True, help="train the text tower too")
     add("--lora-rank", metavar="R", type=int, help="train adapters of this rank, instead of all weights")
     add("--lora-alpha", metavar="X", type=float, help="their scale is alpha / rank (the rank)")
-    add(
-        "--lora-targets",
-        metavar="NAME",
-        nargs="+",
-        help="modules diffusers' names (the attention of what is trained)",
-    )
+    add("--lora-targets", metavar="NAME", nargs="+", help="modules, by diffusers' names (the attention of what is trained)")
     add("--seed", metavar="N", type=int, help="of all that is drawn (0)")
     add("--save-every", metavar="N", type=int, help="steps between two states from which a run can go on (500)")
     add("--sample-every", metavar="N", type=int, help="steps between two samples (500)")
-    add("--sample-prompt", metavar="TEXT", action="append", dest="sample_prompts", help="what samples show; may be repeated")
+    add("--sample-prompt", metavar="TEXT", action="append", dest="sample_prompts", help="of samples, or @FILE; may be repeated")
     add("--cfg", type=int, default=1, help="parts that a batch is divided into (1)")
     add("--tp", metavar="N", type=int, default=1, help="devices that share the heads (1)")
     add("--dtype", choices=DTYPES, help="that is computed in (bfloat16 on GPUs, else float32); what is trained is float32")

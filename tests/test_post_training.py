@@ -1,8 +1,10 @@
 """Training, from clips to what it leaves: the same on every mesh, the same after a stop, and read by whoever reads such."""
 
+import contextlib
 import csv
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import time
 from pathlib import Path
 
 import cases
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,16 +20,22 @@ from metrics import errors
 from safetensors.numpy import load_file
 
 from convert.random_checkpoint import write_checkpoint
-from cosmos3_jax import Cosmos3Pipeline, InputError, RunError, make_mesh, result_files
+from cosmos3_jax import Cosmos3Pipeline, InputError, RunError, make_mesh, result_files, train
 from cosmos3_jax.checkpoint import Checkpoint
 from cosmos3_jax.config import TINY_FULL_SOUND
 from cosmos3_jax.errors import StoppedError
+from cosmos3_jax.latents import Latents
 from cosmos3_jax.lora import TARGETS, TEXT_TARGETS
 from cosmos3_jax.prompt import load_tokenizer
 from cosmos3_jax.published import names_of
+from cosmos3_jax.training import post_training
+from cosmos3_jax.training.batches import Example, draw
 from cosmos3_jax.training.clips import find_clips
+from cosmos3_jax.training.objective import Loss
 from cosmos3_jax.training.post_training import Model, post_train
+from cosmos3_jax.training.run import Teller
 from cosmos3_jax.training.settings import Training
+from cosmos3_jax.training.update import Progress
 
 SMALL = {"num_frames": 5, "height": 32, "width": 48}
 SETTINGS = Training(
@@ -155,7 +164,7 @@ def test_adapters_alone_are_trained_and_change_the_video(model, clips, folders, 
     request = SMALL | {"num_inference_steps": 2, "progress": False, "output_type": "latent"}
     plain, with_them, off = (
         Cosmos3Pipeline.from_pretrained(folders("small"), lora=lora, progress=False)("noise", **request).video
-        for lora in ([], [made], [(made, 0.0)])
+        for lora in ([], [made.parent], [(made, 0.0)])
     )
     assert np.array_equal(plain, off)
     assert not np.allclose(plain, with_them, atol=1e-4)
@@ -214,12 +223,62 @@ def test_sound_is_learned_too(clips, model, tmp_path):
     with (tmp_path / "run" / "log.csv").open() as file:
         assert all(float(row["sound"]) > 0.1 for row in csv.DictReader(file))
     before, after = tensors(folder), tensors(made)
-    assert all(not np.array_equal(before[name], after[name]) for name in before if name.startswith("audio_"))
+    heads = [name for name in before if name.startswith("audio_")]
+    assert all(not np.array_equal(before[name], after[name]) for name in heads)
+    silent = run(Model(checkpoint, tokenizer, make_mesh(), "float32"), stills(tmp_path), settings, tmp_path / "silent")
+    assert all(np.array_equal(before[name], tensors(silent)[name]) for name in heads)  # nothing of which would be learned
+
+
+def stills(folder: Path) -> Path:
+    """A folder with one picture."""
+    (folder / "stills").mkdir()
+    result_files.write(folder / "stills" / "a.png", np.zeros((1, 32, 48, 3), np.uint8), 24.0)
+    (folder / "stills" / "a.txt").write_text("nothing")
+    return folder / "stills"
+
+
+def test_captions_of_any_length_go_into_one_step(model, tmp_path):
+    folder = stills(tmp_path)
+    result_files.write(folder / "b.png", np.ones((1, 32, 48, 3), np.uint8), 24.0)
+    (folder / "b.txt").write_text("very " * 150 + "long")
+    settings = dataclasses.replace(QUICK, steps=4, batch_size=1, accumulate=2, caption_dropout=0.5)
+    run(model(), folder, settings, tmp_path / "run")
+    assert len(losses(tmp_path / "run")) == 4
+
+
+def test_pictures_have_noise_levels_of_their_own(model):
+    found = [post_training.draws(model(), dataclasses.replace(QUICK, flow_shift=shift)) for shift in (None, 5.0)]
+    assert [(each.flow_shift, each.image_flow_shift) for each in found] == [(10, 3), (5, 5)]
+    example = Example(Latents(np.zeros((1, 2, 3, 16), np.float32)), [1])
+    drawn = [[float(draw(example, np.random.default_rng(i), how, [1]).sigma) for i in range(200)] for how in found]
+    assert np.mean(drawn[0]) < np.mean(drawn[1]) - 0.05  # less noise
+
+
+def test_a_shorter_run_leaves_what_it_has(model, clips, tmp_path):
+    settings = dataclasses.replace(QUICK, steps=5, lora_rank=2)
+    with pytest.raises(StoppedError):
+        run(model(), clips, settings, tmp_path / "run", check=stop_before(3))
+    made = run(model(), clips, dataclasses.replace(settings, steps=2), tmp_path / "run")
+    assert made.is_file()
+    assert len(losses(tmp_path / "run")) == 3
+
+
+def test_seconds_of_steps_do_not_overlap(tmp_path):
+    nothing = jnp.float32(0)
+    progress, start = Progress(Loss(nothing, nothing, nothing), nothing, nothing), time.perf_counter()
+    with contextlib.closing(Teller(tmp_path / "log.csv", 0, 4, visible=False)) as teller:
+        for step in range(1, 5):
+            begun = time.perf_counter()
+            time.sleep(0.05)
+            teller.later(step, begun, progress)
+        teller.wait()
+    with (tmp_path / "log.csv").open() as file:
+        seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
+    assert len(seconds) == 4
+    assert 0.2 < sum(seconds) < time.perf_counter() - start
 
 
 def test_latents_are_made_once(model, clips, tmp_path, monkeypatch):
-    from cosmos3_jax.training import post_training
-
     run(model(), clips, QUICK, tmp_path / "first")
     monkeypatch.setattr(post_training, "frames", lambda *_: pytest.fail("encoded again"))
     run(model(), clips, QUICK, tmp_path / "second")
@@ -255,10 +314,36 @@ def test_a_folder_goes_on_with_its_own_run_alone(model, clips, tmp_path):
     run(model(), clips, QUICK, tmp_path / "run")
     with pytest.raises(InputError, match=r"holds a run with seed=0; give the same"):
         run(model(), clips, dataclasses.replace(QUICK, seed=1), tmp_path / "run")
+    others = tmp_path / "others"
+    shutil.copytree(clips, others)
+    result_files.write(others / "still.png", np.zeros((1, 48, 64, 3), np.uint8), 24.0)
+    with pytest.raises(InputError, match="holds a run with clips="):
+        run(model(), others, QUICK, tmp_path / "run")
+
+
+def test_what_cannot_be_used_is_said_before_clips_are_encoded(model, clips, tmp_path):
+    for change in ({"lora_rank": 2, "lora_targets": ("to_x",)}, {"sample_prompts": ("very " * 9000,)}):
+        settings = dataclasses.replace(QUICK, **change)
+        with pytest.raises(InputError):
+            post_train(model(), find_clips(clips), settings, tmp_path / "run", tmp_path / "cache", progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_among_the_clips_is_refused(clips, folders, capsys):
+    for out in (clips, clips / "run"):
+        flags = ["--checkpoint", str(folders("small")), "--data", str(clips), "--out", str(out)]
+        assert train.main(flags) == 2
+        assert "its samples would be taken for clips" in capsys.readouterr().err
+
+
+def test_a_result_does_not_replace_what_it_begins_with(model, clips, folders, tmp_path):
+    shutil.copytree(folders("small"), tmp_path / "checkpoint")
+    with pytest.raises(InputError, match="the checkpoint to begin with is in there"):
+        run(model(folder=tmp_path / "checkpoint"), clips, QUICK, tmp_path)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(model, clips, tmp_path):
-    too_fast = dataclasses.replace(QUICK, steps=50, learning_rate=1.0, clip=1e6, weight_decay=10.0)
+    too_fast = dataclasses.replace(QUICK, steps=50, learning_rate=1.0, clip_norm=1e6, weight_decay=10.0)
     with pytest.raises(RunError, match=r"in step \d+: a lower learning rate"):
         run(model(), clips, too_fast, tmp_path / "run")
 
@@ -272,6 +357,7 @@ def test_a_loss_that_is_no_number_ends_the_run(model, clips, tmp_path):
         ({"a.txt": "x"}, r"a\.txt: no clip of that name"),
         ({"a.mp4": "", "a.png": "", "a.txt": "x"}, "two clips have one caption"),
         ({"a.mp4": "", "a.txt": " "}, r"a\.txt: 0 characters"),
+        ({"a.mp4": "", "a.json": '"hi"'}, r"a\.json: no JSON object; plain text belongs into a\.txt"),
     ],
 )
 def test_folders_that_cannot_be_learned_from(tmp_path, files, sentence):
@@ -291,6 +377,8 @@ def test_folders_that_cannot_be_learned_from(tmp_path, files, sentence):
         ({"lora_targets": ("to_q",)}, "give lora_rank too"),
         ({"lora_rank": 2, "lora_targets": ("to_q",), "train_text_tower": True}, "lora_targets name all that is trained"),
         ({"lora_rank": 2, "lora_targets": ("to_x",)}, "'to_x' is no projection"),
+        ({"sample_prompts": "noise"}, "sample_prompts='noise': a list of texts"),
+        ({"sample_prompts": ("very " * 9000,)}, r"the sample prompt 'very .*: \d+ tokens; 8192 are possible"),
         ({"num_frames": 6}, "num_frames=6: one frame and then groups of 4"),
         ({"num_frames": 9}, r"\.mp4: 7 frames at 24 a second, 9 are expected"),
         ({"enable_sound": True}, "no sound tokenizer, or was loaded"),

@@ -79,7 +79,7 @@ SHORT_FILMS, FILMS = (12, autoencoders.SHORT), (3, autoencoders.LONG)  # (batch 
 SOUND_BATCH, SOUND_LATENTS = 8, 10
 QUIET = 0.01  # the sound decoder's last weights, and the last of each residual unit, begin with so much of their usual size
 VAE_RATE, SOUND_RATE, RATE = 2e-3, 1e-3, 1.5e-3  # learning rates, the highest
-DRAWS = Draws(flow_shift=3.0, caption_dropout=0.1, image_share=0.2, clip_share=0.05)
+DRAWS = Draws(flow_shift=3.0, image_flow_shift=3.0, caption_dropout=0.1, image_share=0.2, clip_share=0.05)
 
 RECORD = "small-world-training.json"
 
@@ -264,12 +264,12 @@ def train_transformer(plan: Plan, folder: Path, kinds: list[list[Example]], noth
     state = begin(values_of(towers), how, mesh)
     empty = {part: some(network, lambda path: False) for part, network in towers.items()}
     data = batches(kinds, plan.batch_size, 8, DRAWS, nothing)
-    bucket = max(len(example.ids) for kind in kinds for example in kind)
+    longest = max(len(example.ids) for kind in kinds for example in kind)
     run = Run(folder / "run", {"plan": dataclasses.asdict(plan)})
     compiled = update(trained, how, state, train_und=True)
 
     def step(state: TrainState, rows: Sequence[Drawn]) -> tuple[TrainState, Progress]:
-        return compiled(state, empty, put([collate(rows, TRANSFORMER_CONFIG, CLIP.fps, bucket)], mesh))
+        return compiled(state, empty, put([collate(rows, TRANSFORMER_CONFIG, CLIP.fps, longest)], mesh))
 
     with jax.set_mesh(mesh), stoppable() as check:
         state = run.go(run.resume(state, data), data, step, Schedule(plan.steps), check=check)

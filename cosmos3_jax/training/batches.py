@@ -35,7 +35,8 @@ class Example(NamedTuple):
 class Draws:
     """What is drawn for each clip."""
 
-    flow_shift: float = 10.0  # of the noise levels
+    flow_shift: float = 10.0  # of the noise levels of a video
+    image_flow_shift: float = 3.0  # of an image's
     caption_dropout: float = 0.1  # the share of clips without their caption, for guidance to have something to lead away from
     image_share: float = 0.2  # of which the first frame is given
     clip_share: float = 0.1  # of which the first two latent frames are
@@ -53,8 +54,9 @@ class Drawn(NamedTuple):
 
 def draw(example: Example, random: np.random.Generator, how: Draws, no_caption: Sequence[int]) -> Drawn:
     """An example with a noise level, given frames, and perhaps without its caption."""
-    sigma, dropped, kind = draw_sigma(random, how.flow_shift), random.random() < how.caption_dropout, random.random()
     frames = len(example.latents.video)
+    sigma = draw_sigma(random, how.flow_shift if frames > 1 else how.image_flow_shift)
+    dropped, kind = random.random() < how.caption_dropout, random.random()
     given = 1 if kind < how.image_share else 2 if kind < how.image_share + how.clip_share else 0
     is_given_t = np.arange(frames) < min(given, frames - 1)
     seed = np.uint32(random.integers(1 << 32))
@@ -87,10 +89,10 @@ def batches(
     return iter(mixed.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 
-def collate(rows: Sequence[Drawn], config: TransformerConfig, fps: float, bucket: int) -> Batch:
-    """Drawn examples as one batch of host arrays; captions are padded to at least `bucket` tokens."""
-    ids_BS, length_B = pad([list(row.ids) for row in rows])
-    ids_BS = np.pad(ids_BS, ((0, 0), (0, max(0, bucket - ids_BS.shape[1]))))
+def collate(rows: Sequence[Drawn], config: TransformerConfig, fps: float, longest: int) -> Batch:
+    """Drawn examples as one batch of host arrays; captions are padded as one of `longest` tokens is."""
+    ids_BS, length_B = pad([[0] * longest, *(list(row.ids) for row in rows)])
+    ids_BS, length_B = ids_BS[1:], length_B[1:]
     latents = jax.tree.map(lambda *each: np.stack(each), *(row.latents for row in rows))
     sound_frames = 0 if latents.sound is None else latents.sound.shape[1]
     text, generated = positions.layout(config, length_B, ids_BS.shape[1], latents.video.shape[1:4], fps, sound_frames)
@@ -107,5 +109,5 @@ def put(batches: Sequence[Batch], mesh: Mesh) -> Batch:
         placement = NamedSharding(mesh, PartitionSpec(None, "cfg"))
         return jax.make_array_from_callback(x.shape, placement, lambda index: x[index])
 
-    text = place(mesh, stacked.text)  # which all rows share
-    return dataclasses.replace(jax.tree.map(divided, dataclasses.replace(stacked, text=None)), text=text)
+    text_rotary = place(mesh, stacked.text_rotary)  # which all rows share
+    return dataclasses.replace(jax.tree.map(divided, dataclasses.replace(stacked, text_rotary=None)), text_rotary=text_rotary)

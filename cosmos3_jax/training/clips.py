@@ -1,6 +1,8 @@
 """A folder of clips to learn from: `name.mp4` or `name.png` (or another such), and its caption in `name.txt` or `name.json`."""
 
+import collections
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,9 +48,9 @@ def find_clips(folder: Path) -> list[Clip]:
         if file.with_suffix("") not in captions
     ]
     problems += [f"{two[0]}: {two[1].name} is there as well; leave one" for two in captions.values() if len(two) > 1]
-    stems = [file.with_suffix("") for file in media_files]
+    stems = collections.Counter(file.with_suffix("") for file in media_files)
     problems += [f"{caption[0]}: no clip of that name" for stem, caption in captions.items() if stem not in stems]
-    problems += [f"{stem}: two clips have one caption" for stem in sorted({stem for stem in stems if stems.count(stem) > 1})]
+    problems += [f"{stem}: two clips have one caption" for stem, count in stems.items() if count > 1]
     if problems:
         raise InputError(_listing(folder, problems))
     if not media_files:
@@ -62,7 +64,7 @@ def _is_hidden(path: Path) -> bool:
 
 def _listing(folder: Path, problems: Sequence[str]) -> str:
     more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
-    return "\n  ".join([f"{folder}: {len(problems)} faults", *problems[:20], *more])
+    return "\n  ".join([f"{folder}: {len(problems)} fault{'s' * (len(problems) > 1)}", *problems[:20], *more])
 
 
 def _caption(file: Path) -> str:
@@ -72,7 +74,16 @@ def _caption(file: Path) -> str:
         raise InputError(f"{file}: no text that can be read ({error})") from error
     if not text or len(text) > MOST_TEXT:
         raise InputError(f"{file}: {len(text)} characters; a caption of 1 to {MOST_TEXT} is expected")
+    if file.suffix.lower() == ".json" and not _is_object(text):
+        raise InputError(f"{file}: no JSON object; plain text belongs into {file.stem}.txt")
     return text
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def frames(clip: Clip, num_frames: int, height: int, width: int, fps: float) -> np.ndarray:

@@ -27,8 +27,8 @@ class Batch:
     latents: Latents  # clean and normalized: video [B, t, h, w, c], sound [B, s, c]
     ids_BS: Any  # captions, padded
     length_B: Any
-    text: Rotary  # [1, S, H/2]
-    generated: Rotary  # [B, G, H/2]
+    text_rotary: Rotary  # [1, S, H/2]
+    rotary: Rotary  # [B, G, H/2]
     sigma_B: Any  # noise levels in (0, 1)
     is_given_Bt: Any  # latent frames that are an image's or a clip's, and stay clean
     seed_B: Any  # of the noise
@@ -65,14 +65,14 @@ def loss(und: Network, gen: Network, batch: Batch, noise: Latents, *, train_und:
 
     A row's error is the mean over its own values, so that every clip counts alike, however many of its frames are given.
     """
-    prefix = und.merge().prefill(batch.ids_BS, batch.length_B, batch.text, remat=train_und)
+    prefix = und.merge().prefill(batch.ids_BS, batch.length_B, batch.text_rotary, remat=train_und)
     if not train_und:
         prefix = jax.lax.stop_gradient(prefix)
     noisy = jax.tree.map(lambda x, e: mix(x, e, batch.sigma_B), batch.latents, noise)
     is_given = batch.is_given_Bt[:, :, None, None, None]
     noisy = Latents(jnp.where(is_given, batch.latents.video, noisy.video), noisy.sound)
     target = jax.tree.map(lambda x, e: e - x, batch.latents, noise)
-    velocity = gen.merge().velocities(noisy, 1000 * batch.sigma_B, batch.is_given_Bt, batch.generated, prefix, remat=True)
+    velocity = gen.merge().velocities(noisy, 1000 * batch.sigma_B, batch.is_given_Bt, batch.rotary, prefix, remat=True)
     video = jnp.mean(_mean(jnp.square(velocity.video - target.video), ~is_given))
     sound = jnp.float32(0)
     if target.sound is not None:

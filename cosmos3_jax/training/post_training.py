@@ -20,12 +20,12 @@ from tqdm import tqdm
 from cosmos3_jax import media
 from cosmos3_jax.checkpoint import Checkpoint, Weights, load
 from cosmos3_jax.config import SoundConfig, SoundEncoderConfig
-from cosmos3_jax.errors import InputError
+from cosmos3_jax.errors import InputError, shown
 from cosmos3_jax.latents import Latents
-from cosmos3_jax.lora import TARGETS, TEXT_TARGETS, TOWERS, abstract_adapters, random_adapters
+from cosmos3_jax.lora import TARGETS, TEXT_TARGETS, TOWERS, Adapter, abstract_adapters, random_adapters
 from cosmos3_jax.networks import Networks, Residence, abstract_networks, abstract_sound_encoder
 from cosmos3_jax.pipeline import Cosmos3Pipeline, encode, encode_sound
-from cosmos3_jax.processes import is_first
+from cosmos3_jax.processes import agree, is_first
 from cosmos3_jax.prompt import MOST_TOKENS, Metadata, texts, tokenize
 from cosmos3_jax.request import Request, ResolvedRequest, resolve
 from cosmos3_jax.stage import failures_told
@@ -79,29 +79,37 @@ def post_train(
 ) -> Path:
     """Trains, or goes on with it, in the folder `out`; returns what became of it, a folder or a file of adapters.
 
-    `check` is called before each clip and each step, and may raise StoppedError. Raises InputError for what cannot be used.
+    `check` is called before each clip and each step, and may raise StoppedError. Raises InputError for what cannot be used:
+    but for files that turn out to be damaged or too short, before any clip is encoded.
     """
     settings, weights = settings.checked(), model.weights()
     asked = request_of(model, clips, settings)
+    settings = dataclasses.replace(settings, enable_sound=asked.enable_sound)
+    adapters = adapters_of(model, settings)
+    for prompt in settings.sample_prompts:
+        tokens(model, prompt, asked, f"the sample prompt {shown(prompt)}")
+    if (out / "checkpoint").resolve() == model.checkpoint.folder.resolve():
+        raise InputError(f"{out}: the checkpoint to begin with is in there, where the result goes; give another folder")
     run = Run(out, about(model, clips, settings))
+    agree(run.about)
     with jax.set_mesh(model.mesh), jax.default_matmul_precision("highest" if model.dtype == "float32" else None):
         kinds = examples(model, clips, asked, weights, cache, check=check, progress=progress)
-        trained, values, frozen = prepare(model, settings, weights, progress=progress)
-        how = optimization(settings)
-        state = begin(values, how, model.mesh)
+        trained, values, frozen = prepare(model, settings, adapters, weights, progress=progress)
+        how, nothing = optimization(settings), tokenize(model.tokenizer, "")
+        data = batches(kinds, settings.batch_size * settings.accumulate, settings.seed, draws(model, settings), nothing)
+        with failures_told("load"):
+            state = run.resume(begin(values, how, model.mesh), data)
         compiled = update(trained, how, state, train_und=trains_und(values), sound_weight=settings.sound_weight)
-        size, nothing = settings.batch_size * settings.accumulate, tokenize(model.tokenizer, "")
-        data = batches(kinds, size, settings.seed, draws(asked, settings), nothing)
-        state = run.resume(state, data)
-        bucket = max(len(ids) for kind in kinds for ids in (nothing, *kind.ids))
+        longest = max(len(ids) for kind in kinds for ids in (nothing, *kind.ids))
 
         def step(state: TrainState, rows: Sequence[Drawn]) -> tuple[TrainState, Progress]:
             parts = [rows[i :: settings.accumulate] for i in range(settings.accumulate)]
-            batches = [collate(part, model.checkpoint.transformer, settings.fps, bucket) for part in parts]
+            batches = [collate(part, model.checkpoint.transformer, settings.fps, longest) for part in parts]
             return compiled(state, frozen, put(batches, model.mesh))
 
         def sample(state: TrainState, folder: Path) -> None:
-            networks = trained.networks(kept(state), frozen)
+            with failures_told("sample"):
+                networks = trained.networks(kept(state), frozen)
             show(model, weights, networks, asked, settings.sample_prompts, folder)
 
         schedule = Schedule(settings.steps, settings.save_every, settings.sample_every)
@@ -121,22 +129,27 @@ def request_of(model: Model, clips: Sequence[Clip], settings: Training) -> Resol
     return resolve(request, *model.checkpoint.configs)
 
 
-def draws(asked: ResolvedRequest, settings: Training) -> Draws:
+def draws(model: Model, settings: Training) -> Draws:
     """What is drawn for each clip."""
-    return Draws(asked.flow_shift, settings.caption_dropout, settings.image_share, settings.clip_share)
+    request = Request("", height=settings.height, width=settings.width, flow_shift=settings.flow_shift)
+
+    def shift(num_frames: int) -> float:
+        return resolve(dataclasses.replace(request, num_frames=num_frames), *model.checkpoint.configs).flow_shift
+
+    return Draws(shift(settings.num_frames), shift(1), settings.caption_dropout, settings.image_share, settings.clip_share)
 
 
 def optimization(settings: Training) -> Optimization:
     """How weights are moved."""
     rate = settings.learning_rate or (2e-5 if settings.lora_rank is None else 1e-4)
-    return Optimization(settings.steps, rate, settings.warmup, settings.weight_decay, settings.clip, settings.average)
+    return Optimization(settings.steps, rate, settings.warmup, settings.weight_decay, settings.clip_norm, settings.average)
 
 
 def about(model: Model, clips: Sequence[Clip], settings: Training) -> dict[str, Any]:
-    """All that a run depends on, as JSON has it: with another mesh it would go on too, but not bit for bit."""
-    free = ("save_every", "sample_every", "sample_prompts")
+    """All that a run depends on but its length, as JSON has it: with another mesh it would go on too, but not bit for bit."""
+    free = ("steps", "save_every", "sample_every", "sample_prompts")
     values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
-    said = json.dumps([f"{clip.path.name}: {clip.caption}" for clip in clips])
+    said = json.dumps([[clip.path.name, clip.path.stat().st_size, clip.caption] for clip in clips])
     names = {"checkpoint": model.checkpoint.name, "revision": model.checkpoint.revision}
     names["clips"] = f"{len(clips)}, sha256 {hashlib.sha256(said.encode()).hexdigest()[:16]}"
     return json.loads(json.dumps({**names, **dict(model.mesh.shape), "dtype": model.dtype, **values}))
@@ -167,23 +180,31 @@ def examples(
     store = LatentCache(cache, made_by)
     store.open()
     encoder = Encoder(model, weights, asked)
+    ids = [caption_ids(model, clip, asked) for clip in clips]
     files: list[Path] = []
     with tqdm(clips, desc="encode", unit="clip", disable=not (progress and is_first())) as bar:
         for clip in bar:
             check()
             files.append(store.add(clip.path, functools.partial(encoder, clip)))
     kinds: dict[Any, Examples] = {}
-    for clip, file in zip(clips, files, strict=True):
-        kinds.setdefault(clip.is_image, Examples()).add(file, caption_ids(model, clip, asked))
+    for clip, file, caption in zip(clips, files, ids, strict=True):
+        kinds.setdefault(clip.is_image, Examples()).add(file, caption)
     return list(kinds.values())
 
 
 def caption_ids(model: Model, clip: Clip, asked: ResolvedRequest) -> list[int]:
-    """The tokens of a caption, in the style in which a prompt is written. Raises InputError for one that is too long."""
-    metadata = Metadata(1 if clip.is_image else asked.num_frames, asked.height, asked.width, asked.fps)
-    ids = tokenize(model.tokenizer, texts("native", clip.caption, "", metadata, "")[0])
+    """The tokens of a caption. Raises InputError for one that is too long."""
+    if clip.is_image:
+        asked = dataclasses.replace(asked, num_frames=1)
+    return tokens(model, clip.caption, asked, f"the caption of {clip.path}")
+
+
+def tokens(model: Model, text: str, asked: ResolvedRequest, what: str) -> list[int]:
+    """The tokens of a text that is written as a prompt is. Raises InputError for one that is too long."""
+    metadata = Metadata(asked.num_frames, asked.height, asked.width, asked.fps)
+    ids = tokenize(model.tokenizer, texts("native", text, "", metadata, "")[0])
     if len(ids) > MOST_TOKENS:
-        raise InputError(f"the caption of {clip.path}: {len(ids)} tokens; {MOST_TOKENS} are possible; shorten it")
+        raise InputError(f"{what}: {len(ids)} tokens; {MOST_TOKENS} are possible; shorten it")
     return ids
 
 
@@ -244,8 +265,21 @@ class Encoder:
         return load(self.weights, "sound_encoder", abstract_sound_encoder(self.sound_config[1], self.model.mesh))
 
 
+def adapters_of(model: Model, settings: Training) -> dict[str, dict[str, Adapter]] | None:
+    """The adapters to train, with shapes for arrays; None for whole towers. Raises InputError for a target that is none."""
+    if settings.lora_rank is None:
+        return None
+    return abstract_adapters(
+        model.towers(model.dtype),
+        model.checkpoint.transformer,
+        settings.lora_rank,
+        settings.lora_alpha or settings.lora_rank,
+        settings.lora_targets or (TARGETS + TEXT_TARGETS if settings.train_text_tower else TARGETS),
+    )
+
+
 def prepare(
-    model: Model, settings: Training, weights: Weights, *, progress: bool
+    model: Model, settings: Training, adapters: Mapping[str, Mapping[str, Adapter]] | None, weights: Weights, *, progress: bool
 ) -> tuple[Whole | Adapters, Values, dict[str, Network]]:
     """What is trained, what it begins with, and the networks that stay as they are."""
     masters, computed = (model.towers(dtype) for dtype in ("float32", model.dtype))
@@ -258,21 +292,14 @@ def prepare(
         return load(weights, part, network, progress=progress)
 
     with failures_told("load"):
-        if settings.lora_rank is None:
+        if adapters is None:
             values = values_of({part: read(part, some(masters[part], learns)) for part in parts})
             rest = {part: some(computed[part], lambda path: not learns(path)) for part in parts}
             frozen = {part: read(part, rest.get(part, computed[part])) for part in TOWERS}
             return Whole({part: masters[part] for part in parts}, jnp.dtype(model.dtype)), values, frozen
-        abstract = abstract_adapters(
-            computed,
-            model.checkpoint.transformer,
-            settings.lora_rank,
-            settings.lora_alpha or settings.lora_rank,
-            settings.lora_targets or (TARGETS + TEXT_TARGETS if settings.train_text_tower else TARGETS),
-        )
-        start = Adapters.values(random_adapters(abstract, jax.random.key(settings.seed)))
+        start = Adapters.values(random_adapters(adapters, jax.random.key(settings.seed)))
         frozen = {part: read(part, computed[part]) for part in TOWERS}
-        return Adapters(abstract), start, frozen
+        return Adapters(adapters), start, frozen
 
 
 def trains_und(values: Values) -> bool:

@@ -66,7 +66,7 @@ class Run:
             raise InputError(f"{folder}: holds a run with {was}; give the same to go on with it, or another --out")
 
     def resume(self, state: TrainState, data: Place) -> TrainState:
-        """The last state there is, with the data where it was then; or `state`, for a run that begins."""
+        """The last state there is, instead of `state`, with the data where it was then; or `state`, for a run that begins."""
         if self.saved.latest is None:
             return state
         data.set_state(self.saved.about()["data"])
@@ -113,8 +113,9 @@ class Run:
         return state
 
     def save(self, state: TrainState, data: Place) -> None:
-        """Writes where the run stands."""
-        self.saved.save(state, {"run": self.about, "data": data.get_state()})
+        """Writes where the run stands, if that is not there yet."""
+        if self.saved.latest != int(state.step):
+            self.saved.save(state, {"run": self.about, "data": data.get_state()})
 
 
 class Teller:
@@ -126,12 +127,14 @@ class Teller:
     def __init__(self, path: Path, done: int, steps: int, *, visible: bool):
         self.bar = tqdm(initial=done, total=steps, desc="train", unit="step", disable=not (visible and is_first()))
         self.waiting: tuple[int, float, Progress] | None = None
+        self.ended = 0.0  # when the step before did
         self.file = path.open("r+" if path.is_file() else "w+", newline="", buffering=1) if is_first() else None
         if self.file is not None:
-            rows = [row for row in csv.DictReader(self.file) if row["step"].isdigit() and int(row["step"]) <= done]
+            told = csv.DictReader(self.file)
+            rows = [row for row in told if (row.get("step") or "").isdigit() and int(row["step"]) <= done]
             self.file.seek(0)
             self.file.truncate()
-            self.writer = csv.DictWriter(self.file, COLUMNS)
+            self.writer = csv.DictWriter(self.file, COLUMNS, extrasaction="ignore")
             self.writer.writeheader()
             self.writer.writerows(rows)
 
@@ -151,10 +154,11 @@ class Teller:
         if not math.isfinite(numbers["loss"] + numbers["gradient_norm"]):
             raise RunError(
                 f"the loss or its gradient became NaN or infinite in step {step}: a lower learning rate or a longer warmup may "
-                "do; the last state that was saved is from before"
+                "do, in another folder"
             )
+        now = time.perf_counter()
+        seconds, self.ended = f"{now - max(start, self.ended):.3f}", now
         if self.file is not None:
-            seconds = f"{time.perf_counter() - start:.3f}"
             self.writer.writerow({"step": step, "seconds": seconds, **{name: f"{x:.9g}" for name, x in numbers.items()}})
         self.bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
         self.bar.update(1)

@@ -3,7 +3,6 @@
 What is random comes from the seed and the place in the data (batches.py), so there is no state of a generator to keep.
 """
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from orbax.checkpoint import v1 as ocp
 from cosmos3_jax.array_store import plain_errors
 from cosmos3_jax.training.update import TrainState
 
-KEPT = 2  # states; the one before the last in case a machine dies while the last is read
+KEPT = 2  # states: from the one before the last a run goes on where the last is deleted, for it is damaged
 
 
 class Saved:
@@ -44,12 +43,9 @@ class Saved:
             return dict(self._checkpointer.metadata(self.latest).custom_metadata)
 
     def load(self, like: TrainState) -> TrainState:
-        """The last state, placed as `like` is."""
+        """The last state, placed as `like` was, which is gone: there may be no memory for both."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        with plain_errors(self.folder, "no state of this training that can be read"):
+        jax.tree.map(lambda x: x.delete(), like)
+        unreadable = "no state of this training that can be read; if it is damaged, delete it"
+        with plain_errors(self.folder / str(self.latest), unreadable):
             return self._checkpointer.load(self.latest, abstract)
-
-    def close(self) -> None:
-        """Waits for what is still being written."""
-        with contextlib.suppress(Exception):
-            self._checkpointer.close()

@@ -20,7 +20,7 @@ WHOLE = {  # at least
 RANGES: dict[str, tuple[float, float]] = {
     "learning_rate": (1e-12, 1),
     "weight_decay": (0, 10),
-    "clip": (1e-6, 1e6),
+    "clip_norm": (1e-6, 1e6),
     "average": (0, 1),
     "flow_shift": (0.01, 1000),
     "caption_dropout": (0, 1),
@@ -44,9 +44,9 @@ class Training:
     batch_size: int = 1  # clips in a batch, divided over `cfg`
     accumulate: int = 1  # batches in a step
     learning_rate: float | None = None  # None: 1e-4 for adapters, 2e-5 for all weights
-    warmup: int = 100  # steps
+    warmup: int = 100  # steps, at most half of all
     weight_decay: float = 0.01  # of matrices
-    clip: float = 1.0  # of the norm of all gradients together
+    clip_norm: float = 1.0  # of all gradients together, at most
     average: float | None = None  # of the weights' moving average, which is then what is kept (EMA); 0.999, say
     flow_shift: float | None = None  # more of the noise levels at high noise; None: the 10 of a video, the 3 of an image
     caption_dropout: float = 0.1  # share of clips without their caption, for guidance
@@ -73,6 +73,8 @@ class Training:
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             values[name] = None if value is None and _is_optional(name) else _real(name, value, low, high)
+        for name in ("lora_targets", "sample_prompts"):
+            values[name] = _texts(name, getattr(self, name))
         if self.lora_rank is not None:
             values["lora_rank"] = _whole("lora_rank", self.lora_rank, 1)
         elif self.lora_targets or self.lora_alpha is not None:
@@ -86,6 +88,12 @@ class Training:
 
 def _is_optional(name: str) -> bool:
     return {field.name: field.default for field in dataclasses.fields(Training)}[name] is None
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
+        raise InputError(f"{name}={shown(value)}: a list of texts is expected")
+    return tuple(value)
 
 
 def _whole(name: str, value: Any, least: int) -> int:

@@ -22,9 +22,9 @@ class Optimization:
 
     steps: int  # in all: what the learning rate's cosine ends at
     learning_rate: float = 1e-4  # the highest
-    warmup: int = 100  # steps in which it rises
+    warmup: int = 100  # steps in which it rises, at most half of all
     weight_decay: float = 0.01  # of matrices
-    clip: float = 1.0  # the largest norm of all gradients together
+    clip_norm: float = 1.0  # the largest, of all gradients together
     average: float | None = None  # how much of the moving average of weights each step keeps (EMA); None: there is none
 
     def schedule(self) -> optax.Schedule:
@@ -36,7 +36,7 @@ class Optimization:
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) of clipped gradients."""
         adamw = optax.adamw(self.schedule(), b1=0.9, b2=0.99, weight_decay=self.weight_decay, mask=_matrices)
-        return optax.chain(optax.clip_by_global_norm(self.clip), adamw)
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), adamw)
 
 
 def _matrices(values: Values) -> Any:
