@@ -182,7 +182,8 @@ def _located(path: Path) -> Path:
     """The file that is meant."""
     found = [path / name for name in NAMES if (path / name).is_file()] if path.is_dir() else [path]
     if len(found) != 1:
-        raise InputError(f"lora: {path}: {'both' if found else 'neither'} of {' and '.join(NAMES)} there; give the file itself")
+        there = " and ".join(file.name for file in found) or f"none of {', '.join(NAMES)}"
+        raise InputError(f"lora: {path}: {there} there; give the file itself")
     if found[0].suffix in PICKLES:
         raise InputError(f"lora: {found[0]}: pickle files are never opened; save it as safetensors")
     if not found[0].is_file():

@@ -444,7 +444,8 @@ def place(tmp_path, monkeypatch, written):
     written()
     for name, files in {
         "one": NAMES[:1],
-        "peft": NAMES[1:],
+        "peft": NAMES[1:2],
+        "run": NAMES[2:],
         "both": NAMES,
         "none": ["a.safetensors"],
         "pickle": ["a.bin"],
@@ -471,8 +472,8 @@ BAD_ITEMS = [
     (["b.safetensors"], "lora: b.safetensors: there is no such file"),
     (["a\0b"], "lora: .*"),
     (["a" * 5000], "lora: .*: cannot be read .*"),
-    (["both"], f"lora: both: both of {' and '.join(NAMES)} there; give the file itself"),
-    (["none"], f"lora: none: neither of {' and '.join(NAMES)} there; give the file itself"),
+    (["both"], f"lora: both: {' and '.join(NAMES)} there; give the file itself"),
+    (["none"], f"lora: none: none of {', '.join(NAMES)} there; give the file itself"),
     (["pickle/a.bin"], "lora: pickle/a.bin: pickle files are never opened; save it as safetensors"),
     (["no.safetensors"], "no.safetensors: not a safetensors file that can be read .*"),
     (["cut.safetensors"], "cut.safetensors: not a safetensors file that can be read .*"),
@@ -488,8 +489,8 @@ def test_what_is_no_list_of_files_is_refused(asked, sentence):
 
 
 @pytest.mark.usefixtures("place")
-def test_a_folder_of_either_kind_will_do():
-    found = open_loras(["one", Path("peft"), ("a.safetensors", np.float32(0.5))])
+def test_a_folder_of_any_kind_will_do():
+    found = open_loras(["one", Path("peft"), "run", ("a.safetensors", np.float32(0.5))])
     assert [(lora.file.name, lora.scale) for lora in found] == [*((name, 1) for name in NAMES), ("a.safetensors", 0.5)]
     assert len({lora.sha256 for lora in found}) == 1
 
