@@ -45,10 +45,11 @@ def _train(arguments: argparse.Namespace) -> int:
     if out.resolve().is_relative_to(data.resolve()):
         raise InputError(f"{out}: lies in {data}, so that its samples would be taken for clips; give a folder beside it")
     clips = find_clips(data)
-    Checkpoint.open(arguments.checkpoint, weights=False, sound_encoder=settings.enable_sound)
+    parts = {"sound": settings.lora_rank is None, "sound_encoder": settings.enable_sound}  # a folder is left with all there is
+    Checkpoint.open(arguments.checkpoint, weights=False, **parts)
     mesh = make_mesh(arguments.cfg, arguments.tp)
     dtype = dtype_on(mesh, arguments.dtype)
-    checkpoint = Checkpoint.open(arguments.checkpoint, sound_encoder=settings.enable_sound)
+    checkpoint = Checkpoint.open(arguments.checkpoint, **parts)
     checkpoint.transformer.check_tensor_parallel(arguments.tp)
     tokenizer = load_tokenizer(checkpoint.folder / "text_tokenizer", checkpoint.transformer.vocab_size)
     if arguments.no_compilation_cache:

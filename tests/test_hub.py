@@ -20,7 +20,7 @@ from huggingface_hub.utils import _http
 from safetensors.numpy import load_file, save_file
 
 from convert.random_checkpoint import write_checkpoint
-from cosmos3_jax import Cosmos3Pipeline, InputError, generate, hub, make_mesh
+from cosmos3_jax import Cosmos3Pipeline, InputError, generate, hub, make_mesh, train
 from cosmos3_jax.checkpoint import FOLDERS, Checkpoint
 from cosmos3_jax.generate import main
 
@@ -378,6 +378,19 @@ def test_the_command_fetches_the_sound_tokenizer_with_sound_alone(server, comple
     assert main(["--checkpoint", f"{REPO}@v1", *IMAGE, *["--sound"] * sound, "--out", str(tmp_path / "a.mp4")]) == 130
     assert stop.called
     assert set(SOUND) & set(server.downloaded) == set(SOUND * sound)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_training_fetches_what_its_result_has(server, complete, monkeypatch, tmp_path, lora):
+    server.push("v1", complete)
+    (tmp_path / "clips").mkdir()
+    for name, text in {"a.png": "", "a.txt": "a cat"}.items():
+        (tmp_path / "clips" / name).write_text(text)
+    monkeypatch.setattr(train, "post_train", stop := mock.Mock(side_effect=KeyboardInterrupt))
+    flags = ["--checkpoint", f"{REPO}@v1", "--data", str(tmp_path / "clips"), "--out", str(tmp_path / "run")]
+    assert train.main([*flags, *["--lora-rank", "2"] * lora]) == 130
+    assert stop.called
+    assert set(SOUND) & set(server.downloaded) == (set() if lora else set(SOUND))
 
 
 ASKED = {
