@@ -170,8 +170,10 @@ def _ending() -> Iterator[None]:
         sys.settrace(before)
 
 
-def pad(branches: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """(ids_BS, length_B), int32: right-padded with zeros to one bucket. What the padding holds is never seen.
+def pad(branches: list[list[int]], longest: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(ids_BS, length_B), int32: right-padded with zeros to one bucket, in which `longest` tokens have room too.
+
+    What the padding holds is never seen.
 
     Raises InputError for a branch of more than MOST_TOKENS.
     """
@@ -179,7 +181,7 @@ def pad(branches: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         if len(ids) > MOST_TOKENS:
             raise InputError(f"{name}: {len(ids)} tokens with what is added to it; {MOST_TOKENS} are possible; shorten it")
     length_B = np.array([len(ids) for ids in branches], np.int32)
-    ids_BS = np.zeros((len(branches), -(-int(length_B.max()) // BUCKET) * BUCKET), np.int32)
+    ids_BS = np.zeros((len(branches), -(-max(int(length_B.max()), longest) // BUCKET) * BUCKET), np.int32)
     for row, ids in zip(ids_BS, branches, strict=True):
         row[: len(ids)] = ids
     return ids_BS, length_B

@@ -91,8 +91,7 @@ def batches(
 
 def collate(rows: Sequence[Drawn], config: TransformerConfig, fps: float, longest: int) -> Batch:
     """Drawn examples as one batch of host arrays; captions are padded as one of `longest` tokens is."""
-    ids_BS, length_B = pad([[0] * longest, *(list(row.ids) for row in rows)])
-    ids_BS, length_B = ids_BS[1:], length_B[1:]
+    ids_BS, length_B = pad([list(row.ids) for row in rows], longest)
     latents = jax.tree.map(lambda *each: np.stack(each), *(row.latents for row in rows))
     sound_frames = 0 if latents.sound is None else latents.sound.shape[1]
     text, generated = positions.layout(config, length_B, ids_BS.shape[1], latents.video.shape[1:4], fps, sound_frames)
