@@ -70,7 +70,7 @@ class Plan:
     sound_steps: int = 1500
     examples: int = 12_000  # films, encoded once
     images: int = 1_500  # of one frame
-    steps: int = 12_000  # of the transformer
+    steps: int = 15_500  # of the transformer
     batch_size: int = 32
 
 
@@ -79,7 +79,7 @@ SHORT_FILMS, FILMS = (12, autoencoders.SHORT), (3, autoencoders.LONG)  # (batch 
 SOUND_BATCH, SOUND_LATENTS = 8, 10
 QUIET = 0.01  # the sound decoder's last weights, and the last of each residual unit, begin with so much of their usual size
 VAE_RATE, SOUND_RATE, RATE = 2e-3, 1e-3, 1.5e-3  # learning rates, the highest
-DRAWS = Draws(flow_shift=3.0, image_flow_shift=3.0, caption_dropout=0.1, image_share=0.2, clip_share=0.05)
+DRAWS = Draws(flow_shift=5.0, image_flow_shift=3.0, caption_dropout=0.1, image_share=0.2, clip_share=0.05)
 
 RECORD = "small-world-training.json"
 
