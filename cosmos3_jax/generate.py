@@ -160,7 +160,8 @@ def _load(arguments: argparse.Namespace, *, sound: bool) -> tuple[Cosmos3Pipelin
     """The pipeline, and the seconds that it took."""
     mesh = make_mesh(arguments.cfg, arguments.tp)
     if arguments.checkpoint is None:
-        log.info("no --checkpoint: this is the built-in one. It is tiny and its weights are random, so expect coloured noise.")
+        known = flags.BUILT_IN_DEFAULTS["prompt"]
+        log.info("no --checkpoint: this is the built-in one. It knows one or two coloured shapes that move, as in %r", known)
     if arguments.no_compilation_cache:
         jax.config.update("jax_enable_compilation_cache", False)
     start = time.perf_counter()

@@ -12,10 +12,13 @@ from PIL import Image
 from benchmarks.small_world import autoencoders, measure, train
 from benchmarks.small_world.film import CLIP
 from benchmarks.small_world.film import sound as tone
+from benchmarks.small_world.judge import look, right
 from benchmarks.small_world.prompts import prompts
 from benchmarks.small_world.scene import is_held_out, read
+from cosmos3_jax import Cosmos3Pipeline
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.checkpoint import BUILT_IN, Checkpoint, load
+from cosmos3_jax.flags import BUILT_IN_DEFAULTS
 from cosmos3_jax.networks import abstract_networks, abstract_sound_encoder
 
 
@@ -95,6 +98,11 @@ def test_nothing_that_is_held_out_is_trained_on():
         assert not is_held_out(scene)
         assert not is_held_out(read(text))
         assert film_thwc.shape == (CLIP.num_frames, CLIP.height, CLIP.width, 3)
+
+
+def test_the_first_video_shows_what_its_prompt_says():
+    result = Cosmos3Pipeline.from_pretrained(BUILT_IN, progress=False)(**BUILT_IN_DEFAULTS, progress=False)
+    assert right(read(BUILT_IN_DEFAULTS["prompt"]), look(measure.frames_of(result)))["all"]
 
 
 def test_crops_are_of_the_things_mostly():
