@@ -115,7 +115,7 @@ def test_what_is_printed(video):
 
 
 def test_the_built_in_checkpoint_is_said_to_be(video):
-    assert "coloured shapes" in video[1].out
+    assert "this is the built-in one. It knows one or two coloured shapes" in video[1].out
     assert "this is the built-in one" not in run("--checkpoint", BUILT_IN, "--prompt", "waves", "--out", video[0]).out
 
 
