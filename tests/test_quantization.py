@@ -17,7 +17,8 @@ from PIL import Image
 
 from cosmos3_jax import Cosmos3Pipeline, InputError, dry_run, generate, make_mesh, models, networks, pipeline
 from cosmos3_jax.axes import sharding
-from cosmos3_jax.config import NANO, TINY, TINY_SOUND, TINY_VAE, WAN_VAE
+from cosmos3_jax.checkpoint import BUILT_IN, Checkpoint
+from cosmos3_jax.config import NANO, TINY_SOUND, WAN_VAE
 from cosmos3_jax.estimate import Job, towers
 from cosmos3_jax.networks import Residence, abstract_networks
 from cosmos3_jax.quantization import E4M3, LARGEST, Quantized, quantize, quantized
@@ -390,7 +391,7 @@ def test_another_word_is_no_flag(capsys):
 def test_a_dry_run_counts_its_bytes(monkeypatch):
     monkeypatch.setattr(dry_run, "MESHES", ())  # but the one that is asked for
     told = run("--dry-run", "--num-frames", 1, "--steps", 3, "--tp", 4, "--quantize", "fp8")["chosen"]
-    parts = abstract_networks(TINY, TINY_VAE, make_mesh(tp=4), "float16")
+    parts = abstract_networks(*Checkpoint.open(BUILT_IN).configs[:2], make_mesh(tp=4), "float16")
     sizes = {part: nbytes_on_device(network) for part, network in parts.by_name().items()}
     assert told["stages"]["step"]["bytes"]["weights"] == nbytes_on_device(quantized(parts.gen)) < sizes["gen"]
     assert told["weights"] == sizes["und"] + nbytes_on_device(quantized(parts.gen)) + sizes["vae"]
