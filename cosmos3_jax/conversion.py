@@ -48,13 +48,18 @@ class Source:
 
     @classmethod
     def open(cls, path: str | Path, *, dtype: str | None = None, only: Collection[str] | None = None) -> "Source":
-        """A folder in either layout; `only` these of its parts. Raises InputError for what is wrong with it."""
+        """A folder in either layout; `only` these of its parts. Raises InputError for what is wrong with it.
+
+        Tensors are read on the CPU, which JAX must have been left: InputError also where it was not.
+        """
         checkpoint = Checkpoint.open(path, sound=True)
         if only is not None and (not only or set(only) - STORES.keys()):
             raise InputError(f"--only {','.join(only)}: parts are {', '.join(STORES)}")
         wanted = [store for part in (STORES if only is None else only) for store in STORES[part]]
-        device = jax.devices("cpu")[:1]
-        mesh = make_mesh(devices=device)
+        try:
+            mesh = make_mesh(devices=jax.local_devices(backend="cpu")[:1])
+        except RuntimeError as error:
+            raise InputError("JAX_PLATFORMS names no cpu, where a folder is read and written; add it: cuda,cpu") from error
         every = abstract_networks(checkpoint.transformer, checkpoint.vae, mesh, "float32", checkpoint.sound).by_name()
         weights = checkpoint.audited({part: network for part, network in every.items() if STORE_OF[part] in wanted})
         networks = {part: network for part, network in every.items() if part in wanted}  # the sound tokenizer goes as it is

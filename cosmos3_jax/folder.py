@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cosmos3_jax.errors import InputError
+from cosmos3_jax.errors import InputError, RunError
 
 
 def within(folder: Path, path: Path) -> Path:
@@ -97,6 +97,15 @@ def _held(path: Path, prefix: str) -> Iterator[Path]:
             if os.path.lexists(file.name):  # else, before it was locked, another process took it for one that was left
                 yield Path(file.name)
                 return
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises RunError, on the way of something, where `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error})") from error
 
 
 def write_json(path: Path, value: Any) -> None:

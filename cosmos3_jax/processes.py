@@ -103,6 +103,12 @@ def agree(what: object) -> None:
             raise InputError("the processes were asked for different things; give all the same flags and files") from error
 
 
+def wait() -> None:
+    """Until all processes are here: one that ends while another works would, after some minutes, end that one too."""
+    if are_several():
+        multihost_utils.sync_global_devices("all are here")
+
+
 def told(value: int) -> int:
     """What the first process gives."""
     return int(multihost_utils.broadcast_one_to_all(np.int64(value))) if are_several() else value

@@ -512,6 +512,15 @@ def test_a_full_disk(published, run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_a_cpu_it_says_what_is_missing(published, tmp_path, monkeypatch, capsys):
+    def none(backend):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(conversion.jax, "local_devices", none)
+    assert main([str(published("small")), str(tmp_path / "dst")]) == 2
+    assert "JAX_PLATFORMS names no cpu" in capsys.readouterr().err
+
+
 # Interrupted
 
 

@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 from metrics import errors
 from PIL import Image
+from safetensors.numpy import load_file
 
-from cosmos3_jax import Cosmos3Pipeline, InputError, make_mesh, processes
+from cosmos3_jax import Cosmos3Pipeline, InputError, make_mesh, processes, result_files
 from cosmos3_jax.checkpoint import BUILT_IN
 
 CLI = ["-m", "cosmos3_jax.generate", "--prompt", "a red ball", "--height", "64", "--width", "96"]
@@ -338,6 +339,37 @@ def test_from_python_under_open_mpi_each_process_has_the_result(start, tmp_path)
     with wave.open(str(tmp_path / "0.wav")) as file:
         samples = np.frombuffer(file.readframes(1 << 20), "<i2").reshape(-1, 2).T
     assert np.abs(samples - np.round(32767 * plain.sound)).max() <= 1
+
+
+TRAIN = ["-m", "cosmos3_jax.train", "--num-frames", 5, "--height", 32, "--width", 48, "--batch-size", 2, "--ema", 0.5]
+
+
+def test_they_train_as_one_does_and_go_on(start, folders, tmp_path):
+    clips, base, both, alone = tmp_path / "clips", folders("small"), tmp_path / "both", tmp_path / "alone"
+    clips.mkdir()
+    for i in range(2):
+        frames = np.random.default_rng(i).integers(0, 256, (5, 32, 48, 3), dtype=np.uint8)
+        result_files.write(clips / f"{i}.mp4", frames, 24.0)
+        (clips / f"{i}.txt").write_text("noise")
+    flags = [*TRAIN, "--checkpoint", base, "--data", clips, "--cfg", 2, "--tp", 2, "--warmup", 0, "--out"]
+    end_well(two := together(start, [*flags, both, "--steps", 2], devices=2))
+    end_well([start([*flags, alone, "--steps", 2], 4)])
+    np.testing.assert_allclose(losses(both), losses(alone), rtol=2e-5)
+    assert json.loads(two[0].out.splitlines()[-1])["out"] == str(both / "checkpoint")
+    assert of_ours(two[1].out) == ""
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    first, plain, before = (load_file(folder / weights) for folder in (both / "checkpoint", alone / "checkpoint", base))
+    moved = [name for name in plain if not np.array_equal(plain[name], before[name])]
+    assert moved
+    for name in moved:  # Adam moves all alike, where a gradient is as good as none in the direction of a rounding
+        assert np.mean(np.abs(first[name] - plain[name]) < 2e-6) > 0.95, name
+    end_well(together(start, [*flags, both, "--steps", 3], devices=2))
+    assert len(losses(both)) == 3
+    assert any(not np.array_equal(x, first[name]) for name, x in load_file(both / "checkpoint" / weights).items())
+
+
+def losses(run: Path) -> list[float]:
+    return [float(row.split(",")[1]) for row in (run / "log.csv").read_text().splitlines()[1:]]
 
 
 # How they end
