@@ -49,6 +49,47 @@ def by_published_name(part: str, network: Network, config) -> dict[str, np.ndarr
     return found
 
 
+@pytest.fixture(scope="module")
+def small(folders) -> tuple[Checkpoint, dict[str, Network]]:
+    checkpoint = Checkpoint.open(folders("small"))
+    return checkpoint, towers(checkpoint)
+
+
+def loss_of(small, drawn: list[Drawn], noise: Latents | None = None) -> tuple[float, float]:
+    """Of the video and of the sound."""
+    checkpoint, networks = small
+    batch = collate(drawn, checkpoint.transformer, FPS, 128)
+    found = loss(networks["und"], networks["gen"], batch, noise or draw_noise(batch.latents, batch.seed_B), train_und=False)
+    return float(found.video), float(found.sound)
+
+
+def test_every_row_counts_alike_whatever_is_beside_it(small):
+    alone = [loss_of(small, [row]) for row in rows()]
+    assert len({round(video, 3) for video, _ in alone}) == 3
+    np.testing.assert_allclose(loss_of(small, rows()), np.mean(alone, axis=0), rtol=1e-5)
+
+
+def test_noise_of_given_frames_does_nothing(small):
+    drawn = rows()
+    latents = collate(drawn, small[0].transformer, FPS, 128).latents
+    noise = jax.tree.map(np.array, draw_noise(latents, np.array([row.seed for row in drawn])))
+    expected = loss_of(small, drawn, noise)
+    noise.video[1, 0] = noise.video[2, :2] = 100
+    assert loss_of(small, drawn, noise) == pytest.approx(expected, rel=1e-6)
+    noise.video[1, 1] += 1
+    assert loss_of(small, drawn, noise)[0] != pytest.approx(expected[0], rel=1e-3)
+
+
+def test_a_perfect_velocity_has_no_loss(small, monkeypatch):
+    drawn = rows()
+    latents = collate(drawn, small[0].transformer, FPS, 128).latents
+    noise = draw_noise(latents, np.array([row.seed for row in drawn]))
+    monkeypatch.setattr(GenTower, "velocities", lambda self, *_, **__: jax.tree.map(lambda x, e: e - x, latents, noise))
+    assert loss_of(small, drawn, noise) == (0, 0)
+    monkeypatch.setattr(GenTower, "velocities", lambda self, *_, **__: jax.tree.map(lambda x, e: e - x + 2, latents, noise))
+    assert loss_of(small, drawn, noise) == pytest.approx((4, 4), rel=1e-5)
+
+
 @pytest.mark.live
 @pytest.mark.parametrize("sound", [True, False])
 @pytest.mark.parametrize("family", cases.FAMILIES)
