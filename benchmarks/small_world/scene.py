@@ -32,7 +32,7 @@ BALL_VERBS = "rolls", "moves", "goes"
 PLACES = "over", "on", "in front of"
 JOINTS = " and ", " while "
 TOLD = 0.5  # how often size, speed and background are
-TWO = 0.25  # how often two things are drawn; fewer stay, for either may be held out
+TWO = 0.25  # how often two things are drawn, if nothing else is said; fewer stay, for either may be held out
 MODULUS = 7  # of the rule of what is held out
 
 
@@ -67,10 +67,10 @@ def is_held_out(scene: Scene) -> bool:
     )
 
 
-def draw_scene(random: Generator) -> Scene:
+def draw_scene(random: Generator, two: float = TWO) -> Scene:
     """A scene to train on: every attribute is as likely as its alternatives, but for what is held out; colours differ."""
     while True:
-        colours = random.permutation(COLOURS)[: 1 + (random.random() < TWO)]
+        colours = random.permutation(COLOURS)[: 1 + (random.random() < two)]
         things = (Thing(_one(SHAPES, random), str(colour), _one(DIRECTIONS, random)) for colour in colours)
         if not is_held_out(scene := Scene(tuple(things))):
             return filled(scene, random)

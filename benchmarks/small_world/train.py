@@ -1,13 +1,14 @@
 """Trains the built-in checkpoint from random weights: `python -m benchmarks.small_world.train WORK` writes WORK/checkpoint.
 
 Tokenizer, VAE, sound tokenizer and transformer, one after the other. The autoencoders see new scenes at every step, the
-transformer 12,000 films that are encoded once. What is finished is kept in WORK, so that the same command goes on where it was
+transformer 18,000 films that are encoded once. What is finished is kept in WORK, so that the same command goes on where it was
 stopped. WORK/small-world-training.json tells the seconds of each stage, and what they ran on.
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import pickle
 import shutil
@@ -30,7 +31,7 @@ from benchmarks.small_world import autoencoders
 from benchmarks.small_world.autoencoders import fit
 from benchmarks.small_world.film import CLIP, frames
 from benchmarks.small_world.film import sound as tone
-from benchmarks.small_world.scene import SHAPES, Scene, Thing, caption, draw_scene
+from benchmarks.small_world.scene import SHAPES, TWO, Scene, Thing, caption, draw_scene
 from convert.random_checkpoint import write_checkpoint, write_tokenizer
 from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.config import TINY, TINY_SOUND, TINY_VAE, SoundEncoderConfig, VAEConfig
@@ -69,12 +70,13 @@ class Plan:
     short_steps: int = 13_500  # of these, from short films
     sound_steps: int = 1500
     examples: int = 12_000  # films, encoded once
+    pairs: int = 6_000  # films more, of two things, which are harder to learn than one
     images: int = 1_500  # of one frame
-    steps: int = 15_500  # of the transformer
+    steps: int = 24_000  # of the transformer
     batch_size: int = 32
 
 
-QUICK = Plan(vae_steps=2, short_steps=1, sound_steps=2, examples=8, images=4, steps=2, batch_size=2)
+QUICK = Plan(vae_steps=2, short_steps=1, sound_steps=2, examples=8, pairs=4, images=4, steps=2, batch_size=2)
 SHORT_FILMS, FILMS = (12, autoencoders.SHORT), (3, autoencoders.LONG)  # (batch size, frames) that the VAE learns from
 SOUND_BATCH, SOUND_LATENTS = 8, 10
 QUIET = 0.01  # the sound decoder's last weights, and the last of each residual unit, begin with so much of their usual size
@@ -193,11 +195,11 @@ def train_sound(plan: Plan, folder: Path) -> dict[str, Values]:
     return {part: values(network) for part, network in networks.items()}
 
 
-def scenes(count: int, seed: int) -> Iterator[tuple[Scene, str, np.ndarray]]:
+def scenes(count: int, seed: int, two: float = TWO) -> Iterator[tuple[Scene, str, np.ndarray]]:
     """Scenes, what is said of them, and their films, uint8 [t, h, w, 3]."""
     random = np.random.default_rng(seed)
     for _ in range(count):
-        scene = draw_scene(random)
+        scene = draw_scene(random, two)
         yield scene, caption(scene, random), frames(scene, random, CLIP)
 
 
@@ -216,7 +218,8 @@ def encode(plan: Plan, config: VAEConfig, vae: Values) -> dict[str, Any]:
     """The latents of films and of pictures, in half precision, their captions, and the shapes that are heard."""
     network = filled(VAE(config), vae)
     found: dict[str, Any] = {"films": [], "film_texts": [], "first_shapes": [], "images": [], "image_texts": []}
-    for scene, text, film in tqdm(scenes(plan.examples, seed=4), desc="encode", total=plan.examples):
+    films = itertools.chain(scenes(plan.examples, seed=4), scenes(plan.pairs, seed=8, two=1))
+    for scene, text, film in tqdm(films, desc="encode", total=plan.examples + plan.pairs):
         found["films"].append(np.asarray(encode_clip(network, pixels(film)), np.float16))
         found["film_texts"].append(text)
         found["first_shapes"].append(scene.things[0].shape)
