@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from cosmos3_jax.errors import InputError
+from cosmos3_jax.errors import Cosmos3Error, InputError
 
 CHUNK = 1 << 25  # bytes of an array that are read and written as one
 Contents = dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and dtype of every array by its name
@@ -76,8 +76,8 @@ def _context() -> ocp.Context:
 
 
 @contextlib.contextmanager
-def plain_errors(folder: Path, what: str) -> Iterator[None]:
-    """Orbax has many ways to say that a folder is damaged, logs among them; this makes one of them."""
+def plain_errors(folder: Path, what: str, kind: type[Cosmos3Error] = InputError) -> Iterator[None]:
+    """Orbax has many ways to say that a folder is damaged, logs among them; this makes one of them, an error of a `kind`."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -89,7 +89,7 @@ def plain_errors(folder: Path, what: str) -> Iterator[None]:
     except Exception as error:
         levels = [logging.CRITICAL] * len(loggers)  # its unfinished tasks may still have something to say
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{folder}: {what} ({reason[0][:200]})") from error
+        raise kind(f"{folder}: {what} ({reason[0][:200]})") from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

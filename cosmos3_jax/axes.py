@@ -3,7 +3,7 @@
 Arrays end in their shape, one letter a dimension (`k_LBSKH`), and a weight is declared by its letters (`"NHD"`). The
 whole sharding policy is the table `MESH_AXIS`: a letter that is not in it is whole on every device.
 
-    B  CFG branch: row 0 conditional, row 1 unconditional (one row when guidance is off)
+    B  CFG branch: row 0 conditional, row 1 unconditional (one row when guidance is off); in training, a clip
     S  text tokens of a prompt, padded to its bucket         L  layers
     G  generated tokens (vision, then sound, then action)    D  model width
     Q  queries of an attention: S or G                       N  query heads

@@ -5,6 +5,7 @@ The folder is in the published layout (published.py) or was written by `python -
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -132,6 +133,15 @@ class Checkpoint:
             return hub.revision(self.folder)
         revision = read_json(self.folder / MARK).get("revision")
         return revision if isinstance(revision, str) else None
+
+    def written(self, *folders: str) -> str:
+        """What tells the weights in these folders from others: the commit, or else a checksum of files' sizes and times."""
+        if self.revision is not None:
+            return self.revision
+        files = [self.folder / MARK, *(file for name in folders for file in (self.folder / name).glob("*.safetensors"))]
+        stats = [(file.name, file.stat()) for file in sorted(files) if file.is_file()]
+        about = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        return f"files of sha256 {hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}"
 
     @property
     def configs(self) -> tuple[TransformerConfig, VAEConfig, SchedulerConfig, SoundConfig | None]:

@@ -243,7 +243,8 @@ def write_adapters(
     """Writes adapters, by part and path, of networks (abstract will do), as `transformer.load_lora_adapter(file)` reads them.
 
     diffusers 0.42.1 reads the metadata, and with it an alpha that is not R, only if called with `use_safetensors=True`.
-    The arrays, in whatever dtype, must be whole on this process. Raises RunError where they cannot be written.
+    The arrays, in whatever dtype, must be whole on this process. Raises InputError where there are none, RunError
+    where they cannot be written.
     """
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}

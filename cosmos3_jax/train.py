@@ -86,7 +86,12 @@ def parser() -> argparse.ArgumentParser:
     add("--width", metavar="W", type=int, help="pixels, a multiple of 16 (1280)")
     add("--fps", metavar="F", type=float, help="frames a second that are taken of a clip (24)")
     add("--sound", action="store_const", const=True, dest="enable_sound", help="learn the soundtracks too")
-    add("--steps", metavar="N", type=int, help="of the optimizer (1000); a run that has done as many only leaves its result")
+    add(
+        "--steps",
+        metavar="N",
+        type=int,
+        help="of the optimizer, over which the rate falls (1000); once done, the result is left",
+    )
     add("--batch-size", metavar="N", type=int, help="clips in a batch, divided over --cfg (1)")
     add("--accumulate", metavar="N", type=int, help="batches in a step (1)")
     add("--learning-rate", metavar="R", type=float, help="the highest (1e-4 for LoRA, else 2e-5)")
@@ -107,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     add("--save-every", metavar="N", type=int, help="steps between two states from which a run can go on (500)")
     add("--sample-every", metavar="N", type=int, help="steps between two samples (500)")
     add("--sample-prompt", metavar="TEXT", action="append", dest="sample_prompts", help="of samples, or @FILE; may be repeated")
-    add("--cfg", type=int, default=1, help="parts that a batch is divided into (1)")
+    add("--cfg", type=int, default=1, help="parts that a batch is divided into, 1 or 2 (1)")
     add("--tp", metavar="N", type=int, default=1, help="devices that share the heads (1)")
     add("--dtype", choices=DTYPES, help="that is computed in (bfloat16 on GPUs, else float32); what is trained is float32")
     flags.process_flags(made)

@@ -28,7 +28,7 @@ from cosmos3_jax.latents import Latents
 from cosmos3_jax.lora import TARGETS, TEXT_TARGETS
 from cosmos3_jax.prompt import load_tokenizer
 from cosmos3_jax.published import names_of
-from cosmos3_jax.training import post_training
+from cosmos3_jax.training import latent_cache, post_training, results, saved
 from cosmos3_jax.training.batches import Example, draw
 from cosmos3_jax.training.clips import find_clips
 from cosmos3_jax.training.objective import Loss
@@ -321,6 +321,84 @@ def test_a_folder_goes_on_with_its_own_run_alone(model, clips, tmp_path):
         run(model(), others, QUICK, tmp_path / "run")
 
 
+def test_a_folder_does_not_go_on_with_another_base(model, clips, folders, tmp_path):
+    bases = [tmp_path / name / "checkpoint" for name in "ab"]
+    for base in bases:
+        shutil.copytree(folders("small"), base)
+    made = run(model(folder=bases[0]), clips, QUICK, tmp_path / "run")
+    shutil.rmtree(bases[1] / "transformer")
+    shutil.copytree(made / "transformer", bases[1] / "transformer")  # of the same name and the same sizes
+    with pytest.raises(InputError, match="holds a run with weights='files of sha256"):
+        run(model(folder=bases[1]), clips, QUICK, tmp_path / "run")
+
+
+@pytest.mark.parametrize("lora", [{}, ADAPTERS], ids=["whole", "adapters"])
+def test_what_no_run_of_the_folder_left_is_not_replaced(model, clips, tmp_path, lora):
+    settings = dataclasses.replace(QUICK, **lora)
+    result = tmp_path / ("lora.safetensors" if lora else "checkpoint")
+    result.mkdir()
+    with pytest.raises(InputError, match="is there already, and no state of a run"):
+        run(model(), clips, settings, tmp_path)
+    assert result.is_dir()
+
+
+def test_a_result_is_replaced_whole_or_not_at_all(model, clips, tmp_path, monkeypatch):
+    made = run(model(), clips, QUICK, tmp_path / "run")
+    first = contents(made)
+    longer = dataclasses.replace(QUICK, steps=3)
+
+    def full(source, dst):
+        raise InputError(f"{dst}: needs 2 GB, but there is 1 GB free")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "publish", full)
+        with pytest.raises(RunError, match="needs 2 GB"):
+            run(model(), clips, longer, tmp_path / "run")
+    assert contents(made) == first
+    assert run(model(), clips, longer, tmp_path / "run") == made
+    assert contents(made).keys() == first.keys()
+    assert contents(made) != first
+    assert sorted(path.name for path in made.parent.iterdir()) == ["checkpoint", "log.csv", "states"]
+
+
+def test_a_full_disk_is_told(model, clips, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latent_cache.np, "savez", full)
+        with pytest.raises(RunError, match=r"\.npz: cannot be written .*No space left"):
+            post_train(model(), find_clips(clips), QUICK, tmp_path / "run", tmp_path / "cache", progress=False)
+    assert list((tmp_path / "cache").iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(saved.ocp.training.Checkpointer, "save", full)
+        with pytest.raises(RunError, match=r"states: cannot be written .*No space left"):
+            run(model(), clips, QUICK, tmp_path / "run")
+    (tmp_path / "other" / "log.csv").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"log\.csv: cannot be written"):
+        run(model(), clips, QUICK, tmp_path / "other")
+
+
+def test_numbers_may_be_numpys(model, clips, tmp_path):
+    sizes = {name: np.int64(x) for name, x in SMALL.items()}
+    settings = dataclasses.replace(QUICK, **sizes, fps=np.float32(24), train_text_tower=np.bool_(False), seed=np.uint8(0))
+    run(model(), clips, settings, tmp_path / "run")
+    run(model(), clips, QUICK, tmp_path / "run")  # the same run
+
+
+def test_of_pictures_frames_need_not_be_told(model, tmp_path):
+    made = run(model(), stills(tmp_path), dataclasses.replace(QUICK, num_frames=6), tmp_path / "run")
+    assert made.is_dir()
+
+
+def test_a_distilled_checkpoint_is_trained_with_a_warning(model, clips, tmp_path, caplog):
+    few = model()
+    scheduler = dataclasses.replace(few.checkpoint.scheduler, distilled_sigmas=(1.0, 0.5))
+    few = dataclasses.replace(few, checkpoint=dataclasses.replace(few.checkpoint, scheduler=scheduler))
+    run(few, clips, dataclasses.replace(QUICK, lora_rank=1), tmp_path / "run")
+    assert "the checkpoint is distilled for few steps" in caplog.text
+
+
 def test_what_cannot_be_used_is_said_before_clips_are_encoded(model, clips, tmp_path):
     for change in ({"lora_rank": 2, "lora_targets": ("to_x",)}, {"sample_prompts": ("very " * 9000,)}):
         settings = dataclasses.replace(QUICK, **change)
@@ -371,7 +449,10 @@ def test_folders_that_cannot_be_learned_from(tmp_path, files, sentence):
     ("change", "sentence"),
     [
         ({"steps": 0}, "steps=0: a whole number of at least 1"),
+        ({"seed": 2**31}, "seed=2147483648: a whole number of at least 0, and at most 2147483647"),
+        ({"train_text_tower": "no"}, "train_text_tower='no': True or False"),
         ({"learning_rate": float("nan")}, "learning_rate=nan: a number from"),
+        ({"learning_rate": 10**400}, "learning_rate=1000"),
         ({"average": 2.0}, "average=2.0: a number from 0 to 1"),
         ({"image_share": 0.7, "clip_share": 0.7}, "at most 1 together"),
         ({"lora_targets": ("to_q",)}, "give lora_rank too"),

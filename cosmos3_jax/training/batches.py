@@ -101,7 +101,7 @@ def collate(rows: Sequence[Drawn], config: TransformerConfig, fps: float, longes
 
 
 def put(batches: Sequence[Batch], mesh: Mesh) -> Batch:
-    """Batches of equal shapes as one on the devices, [A, B, …]: rows divided over `cfg`. Every process has all of them."""
+    """Batches of equal shapes as one on the devices, [n, B, …]: rows divided over `cfg`. Every process has all of them."""
     stacked = jax.tree.map(lambda *each: np.stack(each), *batches)
 
     def divided(x: np.ndarray) -> jax.Array:

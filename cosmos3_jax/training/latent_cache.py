@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cosmos3_jax.errors import InputError
-from cosmos3_jax.folder import beside, remove_left
+from cosmos3_jax.folder import beside, remove_left, writing
 from cosmos3_jax.latents import Latents
 
 
@@ -23,7 +23,7 @@ class LatentCache:
     made_by: dict[str, Any]
 
     def open(self) -> None:
-        """Makes the folder, and removes what killed processes left. Raises InputError where it cannot be written."""
+        """Makes the folder, and removes what killed processes left. Raises InputError where there can be none."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_left(self.folder)
@@ -37,12 +37,12 @@ class LatentCache:
         return self.folder / f"{path.stem[:64]}-{hashlib.sha256(about.encode()).hexdigest()[:24]}.npz"
 
     def add(self, path: Path, make: Callable[[], Latents]) -> Path:
-        """The file of a clip's latents, which are made if they are not there."""
+        """The file of a clip's latents, which are made if they are not there. Raises RunError where it cannot be written."""
         file = self.file(path)
         if not file.exists():
             latents = make()
             arrays = {name: x for name, x in (("video", latents.video), ("sound", latents.sound)) if x is not None}
-            with beside(file) as partial, partial.open("wb") as opened:
+            with writing(file), beside(file) as partial, partial.open("wb") as opened:
                 np.savez(opened, **arrays)
         return file
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from tqdm import tqdm
 from cosmos3_jax import media
 from cosmos3_jax.checkpoint import Checkpoint, Weights, load
 from cosmos3_jax.config import SoundConfig, SoundEncoderConfig
+from cosmos3_jax.conversion import Source
 from cosmos3_jax.errors import InputError, shown
+from cosmos3_jax.folder import writing
 from cosmos3_jax.latents import Latents
 from cosmos3_jax.lora import TARGETS, TEXT_TARGETS, TOWERS, Adapter, abstract_adapters, random_adapters
 from cosmos3_jax.networks import Networks, Residence, abstract_networks, abstract_sound_encoder
@@ -39,6 +42,9 @@ from cosmos3_jax.training.settings import Training
 from cosmos3_jax.training.trained import Adapters, Values, Whole, values_of
 from cosmos3_jax.training.update import Optimization, Progress, TrainState, begin, update
 from cosmos3_jax.weights import Network, some
+
+log = logging.getLogger(__name__)
+SIZES = "num_frames", "height", "width", "fps", "enable_sound"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,22 +90,27 @@ def post_train(
     """
     settings, weights = settings.checked(), model.weights()
     asked = request_of(model, clips, settings)
-    settings = dataclasses.replace(settings, enable_sound=asked.enable_sound)
-    adapters = adapters_of(model, settings)
+    settings = dataclasses.replace(settings, **{name: getattr(asked, name) for name in SIZES})
+    how, drawn, adapters = optimization(settings), draws(model, settings), adapters_of(model, settings)
+    base = Source.open(model.checkpoint.folder) if adapters is None else None
+    if model.checkpoint.scheduler.distilled_sigmas:
+        log.warning("the checkpoint is distilled for few steps, and this training is not for these: they may end up worse")
     for prompt in settings.sample_prompts:
         tokens(model, prompt, asked, f"the sample prompt {shown(prompt)}")
     if (out / "checkpoint").resolve() == model.checkpoint.folder.resolve():
         raise InputError(f"{out}: the checkpoint to begin with is in there, where the result goes; give another folder")
-    run = Run(out, about(model, clips, settings))
+    run, result = Run(out, about(model, clips, settings)), out / ("checkpoint" if adapters is None else "lora.safetensors")
+    if run.saved.latest is None and result.exists():
+        raise InputError(f"{result}: is there already, and no state of a run that goes on; give another folder")
     agree(run.about)
     with jax.set_mesh(model.mesh), jax.default_matmul_precision("highest" if model.dtype == "float32" else None):
         kinds = examples(model, clips, asked, weights, cache, check=check, progress=progress)
         trained, values, frozen = prepare(model, settings, adapters, weights, progress=progress)
-        how, nothing = optimization(settings), tokenize(model.tokenizer, "")
-        data = batches(kinds, settings.batch_size * settings.accumulate, settings.seed, draws(model, settings), nothing)
+        nothing = tokenize(model.tokenizer, "")
+        data = batches(kinds, settings.batch_size * settings.accumulate, settings.seed, drawn, nothing)
         with failures_told("load"):
             state = run.resume(begin(values, how, model.mesh), data)
-        compiled = update(trained, how, state, train_und=trains_und(values), sound_weight=settings.sound_weight)
+        compiled = update(trained, how, state, train_und="und" in values, sound_weight=settings.sound_weight)
         longest = max(len(ids) for kind in kinds for ids in (nothing, *kind.ids))
 
         def step(state: TrainState, rows: Sequence[Drawn]) -> tuple[TrainState, Progress]:
@@ -108,19 +119,21 @@ def post_train(
             return compiled(state, frozen, put(batches, model.mesh))
 
         def sample(state: TrainState, folder: Path) -> None:
+            if not settings.sample_prompts:
+                return
             with failures_told("sample"):
                 networks = trained.networks(kept(state), frozen)
             show(model, weights, networks, asked, settings.sample_prompts, folder)
 
         schedule = Schedule(settings.steps, settings.save_every, settings.sample_every)
         state = run.go(state, data, step, schedule, sample=sample, check=check, progress=progress)
-    return write(out, model, trained, kept(state))
+    write(result, model, base, trained, kept(state))
+    return result
 
 
 def request_of(model: Model, clips: Sequence[Clip], settings: Training) -> ResolvedRequest:
     """What a clip is, as a request that would make one: sizes, sound and the shift of the noise levels, checked as its are."""
-    words = ("num_frames", "height", "width", "fps", "enable_sound", "flow_shift")
-    request = Request(prompt="", **{name: getattr(settings, name) for name in words})
+    request = Request(prompt="", **{name: getattr(settings, name) for name in (*SIZES, "flow_shift")})
     if all(clip.is_image for clip in clips):
         request = dataclasses.replace(request, num_frames=1, enable_sound=False)
     cfg = model.mesh.shape["cfg"]
@@ -130,7 +143,7 @@ def request_of(model: Model, clips: Sequence[Clip], settings: Training) -> Resol
 
 
 def draws(model: Model, settings: Training) -> Draws:
-    """What is drawn for each clip."""
+    """What is drawn for each clip. Raises InputError for a flow shift that cannot be used."""
     request = Request("", height=settings.height, width=settings.width, flow_shift=settings.flow_shift)
 
     def shift(num_frames: int) -> float:
@@ -150,7 +163,7 @@ def about(model: Model, clips: Sequence[Clip], settings: Training) -> dict[str, 
     free = ("steps", "save_every", "sample_every", "sample_prompts")
     values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
     said = json.dumps([[clip.path.name, clip.path.stat().st_size, clip.caption] for clip in clips])
-    names = {"checkpoint": model.checkpoint.name, "revision": model.checkpoint.revision}
+    names = {"checkpoint": model.checkpoint.name, "weights": model.checkpoint.written("transformer")}
     names["clips"] = f"{len(clips)}, sha256 {hashlib.sha256(said.encode()).hexdigest()[:16]}"
     return json.loads(json.dumps({**names, **dict(model.mesh.shape), "dtype": model.dtype, **values}))
 
@@ -171,7 +184,7 @@ def examples(
     """
     made_by = {
         "checkpoint": str(model.checkpoint.folder.resolve()),
-        "revision": model.checkpoint.revision,
+        "weights": model.checkpoint.written("vae", *["sound_tokenizer"] * asked.enable_sound),
         "dtype": model.dtype,
         "shape": [asked.num_frames, asked.height, asked.width],
         "fps": asked.fps,
@@ -302,11 +315,6 @@ def prepare(
         return Adapters(adapters), start, frozen
 
 
-def trains_und(values: Values) -> bool:
-    """Whether gradients are needed of the text tower."""
-    return "und" in values
-
-
 def kept(state: TrainState) -> Values:
     """What a run leaves: the average of the weights, if there is one."""
     return state.values if state.average is None else state.average
@@ -321,8 +329,6 @@ def show(
     folder: Path,
 ) -> None:
     """Writes what the networks make of some prompts: 0.mp4, 1.mp4, … or pictures."""
-    if not prompts:
-        return
 
     def fill(part: str, network: Network, *, progress: bool) -> Network:
         return networks[part] if part in networks else load(weights, part, network)
@@ -333,14 +339,15 @@ def show(
         request = dataclasses.replace(asked, prompt=prompt, output_type="pil")
         result = pipe.run(request, progress=False)
         if is_first():
-            folder.mkdir(parents=True, exist_ok=True)
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
             result.save(folder / f"{index}{request.suffix}")
 
 
-def write(out: Path, model: Model, trained: Whole | Adapters, values: Values) -> Path:
-    """Writes what was trained: a folder in the published layout, or a file of adapters."""
-    if isinstance(trained, Whole):
-        write_folder(out / "checkpoint", model.checkpoint, values)
-        return out / "checkpoint"
-    write_lora(out / "lora.safetensors", model.towers("float32"), model.checkpoint, trained.adapters(values))
-    return out / "lora.safetensors"
+def write(result: Path, model: Model, base: Source | None, trained: Whole | Adapters, values: Values) -> None:
+    """Writes what was trained: the folder `base` with other weights, in the published layout, or a file of adapters."""
+    if isinstance(trained, Adapters):
+        write_lora(result, model.towers("float32"), model.checkpoint, trained.adapters(values))
+    else:
+        assert base is not None
+        write_folder(result, base, values)

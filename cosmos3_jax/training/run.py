@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from cosmos3_jax.errors import InputError, RunError, StoppedError
+from cosmos3_jax.folder import writing
 from cosmos3_jax.processes import is_first
 from cosmos3_jax.stage import failures_told
 from cosmos3_jax.training.saved import Saved
@@ -121,22 +122,25 @@ class Run:
 class Teller:
     """Tells how steps went, in log.csv and a progress bar: each when the next one was begun, so that the device has work.
 
-    What a run wrote after the state that it goes on from is written again. Of several processes the first one tells.
+    What a run wrote after the state that it goes on from is written again. Of several processes the first one tells. Raises
+    RunError where the file cannot be written.
     """
 
     def __init__(self, path: Path, done: int, steps: int, *, visible: bool):
         self.bar = tqdm(initial=done, total=steps, desc="train", unit="step", disable=not (visible and is_first()))
         self.waiting: tuple[int, float, Progress] | None = None
         self.ended = 0.0  # when the step before did
-        self.file = path.open("r+" if path.is_file() else "w+", newline="", buffering=1) if is_first() else None
-        if self.file is not None:
-            told = csv.DictReader(self.file)
-            rows = [row for row in told if (row.get("step") or "").isdigit() and int(row["step"]) <= done]
-            self.file.seek(0)
-            self.file.truncate()
-            self.writer = csv.DictWriter(self.file, COLUMNS, extrasaction="ignore")
-            self.writer.writeheader()
-            self.writer.writerows(rows)
+        self.path, self.file = path, None
+        if is_first():
+            with writing(path):
+                self.file = path.open("r+" if path.is_file() else "w+", newline="", buffering=1)
+                told = csv.DictReader(self.file)
+                rows = [row for row in told if (row.get("step") or "").isdigit() and int(row["step"]) <= done]
+                self.file.seek(0)
+                self.file.truncate()
+                self.writer = csv.DictWriter(self.file, COLUMNS, extrasaction="ignore")
+                self.writer.writeheader()
+                self.writer.writerows(rows)
 
     def later(self, step: int, start: float, found: Progress) -> None:
         """Tells of the step before, once that has ended, and of this one next time."""
@@ -159,7 +163,8 @@ class Teller:
         now = time.perf_counter()
         seconds, self.ended = f"{now - max(start, self.ended):.3f}", now
         if self.file is not None:
-            self.writer.writerow({"step": step, "seconds": seconds, **{name: f"{x:.9g}" for name, x in numbers.items()}})
+            with writing(self.path):
+                self.writer.writerow({"step": step, "seconds": seconds, **{name: f"{x:.9g}" for name, x in numbers.items()}})
         self.bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
         self.bar.update(1)
 

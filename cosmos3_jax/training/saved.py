@@ -10,6 +10,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from cosmos3_jax.array_store import plain_errors
+from cosmos3_jax.errors import RunError
 from cosmos3_jax.training.update import TrainState
 
 KEPT = 2  # states: from the one before the last a run goes on where the last is deleted, for it is damaged
@@ -33,8 +34,8 @@ class Saved:
         return None if latest is None else latest.step
 
     def save(self, state: TrainState, about: dict[str, Any]) -> None:
-        """Writes a state, and what JSON holds beside it. A state is there whole or not at all."""
-        with plain_errors(self.folder, "cannot be written"):
+        """Writes a state, and what JSON holds beside it; it is there whole or not at all. Raises RunError where it cannot."""
+        with plain_errors(self.folder, "cannot be written", RunError):
             self._checkpointer.save(int(state.step), state, custom_metadata=about, overwrite=True)
 
     def about(self) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Everything that can be set of a run of training, with its default and its check."""
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ WHOLE = {  # at least
     "sample_every": 1,
     "seed": 0,
 }
+MOST = 2**31 - 1
 RANGES: dict[str, tuple[float, float]] = {
     "learning_rate": (1e-12, 1),
     "weight_decay": (0, 10),
@@ -65,7 +65,7 @@ class Training:
     def checked(self) -> "Training":
         """These settings as Python's own numbers. Raises InputError for one that cannot be used.
 
-        What has to do with a checkpoint (frames, sizes, sound) is checked as that of a request is.
+        What has to do with a checkpoint (frames, sizes, fps, sound) is left as it is, to be checked as that of a request.
         """
         values: dict[str, Any] = {}
         for name, least in WHOLE.items():
@@ -75,6 +75,9 @@ class Training:
             values[name] = None if value is None and _is_optional(name) else _real(name, value, low, high)
         for name in ("lora_targets", "sample_prompts"):
             values[name] = _texts(name, getattr(self, name))
+        if self.train_text_tower not in (True, False):
+            raise InputError(f"train_text_tower={shown(self.train_text_tower)}: True or False is expected")
+        values["train_text_tower"] = bool(self.train_text_tower)
         if self.lora_rank is not None:
             values["lora_rank"] = _whole("lora_rank", self.lora_rank, 1)
         elif self.lora_targets or self.lora_alpha is not None:
@@ -97,13 +100,13 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= int(value) < 2**31:
-        raise InputError(f"{name}={shown(value)}: a whole number of at least {least} is expected")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= int(value) <= MOST:
+        raise InputError(f"{name}={shown(value)}: a whole number of at least {least}, and at most {MOST}, is expected")
     return int(value)
 
 
 def _real(name: str, value: Any, low: float, high: float) -> float:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
+    if not is_number or not low <= value <= high:
         raise InputError(f"{name}={shown(value)}: a number from {low} to {high} is expected")
     return float(value)

@@ -19,13 +19,13 @@ Values = dict[str, dict[str, Any]]
 
 
 class Trained(Protocol):
-    """What is trained, as `update` and the files of a run need it. Hashable: a compiled step belongs to one."""
+    """What is trained, as `update` and the files of a run need it."""
 
     def networks(self, values: Values, frozen: Mapping[str, Network]) -> dict[str, Network]:
         """Both towers, in the dtype that is computed in. Inside jit: `values` have gradients, `frozen` are data."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Whole:
     """The weights of some towers: all that there are values for."""
 
@@ -44,7 +44,7 @@ class Whole:
         return {**frozen, **made}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Adapters:
     """Low-rank adapters of some weights of some towers, which stay as they are."""
 

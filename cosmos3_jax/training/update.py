@@ -62,7 +62,7 @@ class Progress:
     """What a step tells."""
 
     loss: Loss
-    gradient_norm: jax.Array
+    gradient_norm: jax.Array  # before it is clipped
     learning_rate: jax.Array
 
 
@@ -77,9 +77,9 @@ Update = Callable[[TrainState, Mapping[str, Network], Batch], tuple[TrainState, 
 
 
 def update(trained: Trained, how: Optimization, state: TrainState, *, train_und: bool, sound_weight: float = 1.0) -> Update:
-    """A compiled step: (state, frozen networks, batches [A, B, …]) -> the next state, and how it went.
+    """A compiled step: (state, frozen networks, batches [n, B, …]) -> the next state, and how it went.
 
-    The gradients are the mean over the A batches, one after the other (gradient accumulation). A state is given up, and what
+    The gradients are the mean over the n batches, one after the other (gradient accumulation). A state is given up, and what
     becomes of it is placed as `state` is.
     """
     optimizer, schedule = how.optimizer(), how.schedule()
