@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from cosmos3_jax.config import TransformerConfig
-from cosmos3_jax.errors import InputError, shown
+from cosmos3_jax.errors import InputError, faults, shown
 from cosmos3_jax.folder import read_json, unique
 from cosmos3_jax.lora import MOST, TOWERS, Adapter, Adapters, abstract_adapter, modules, number
 from cosmos3_jax.published import unused_tensors
@@ -77,6 +77,9 @@ class Lora:
         with file.open("rb") as opened:
             self.sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
         self.config = _config(file, metadata)
+        beside = file.parent / CONFIG
+        is_beside = METADATA not in metadata and beside.exists()
+        self.config_sha256 = hashlib.sha256(beside.read_bytes()).hexdigest() if is_beside else None
         patterns = {name: (self.config.get(name) or {}).items() for name in ("rank_pattern", "alpha_pattern")}
         self.patterns = {name: [(_compiled(key), value) for key, value in listed] for name, listed in patterns.items()}
         self.pairs: dict[str, Pair] = {}
@@ -87,7 +90,8 @@ class Lora:
     @property
     def identity(self) -> dict[str, Any]:
         """What a result depends on."""
-        return {"file": self.file.name, "sha256": self.sha256, "scale": self.scale}
+        config = {"config_sha256": self.config_sha256} if self.config_sha256 else {}
+        return {"file": self.file.name, "sha256": self.sha256, **config, "scale": self.scale}
 
     def _take(self, name: str, tensor: Tensor) -> None:
         for pattern, what in OTHER_TENSORS.items():
@@ -195,8 +199,7 @@ def check_loras(loras: Sequence[Lora], networks: Mapping[str, Network], config: 
     """Raises InputError with all that keeps a file from being added to abstract networks ("und", "gen")."""
     for lora in loras:
         if problems := lora.audit(networks, config):
-            listing = "\n  ".join(line if line.isprintable() else ascii(line) for line in problems)
-            raise InputError(f"{lora.file}: {len(problems)} fault{'s' if len(problems) > 1 else ''}\n  {listing}")
+            raise InputError(f"{lora.file}: {faults(problems)}")
         lora.tell_unused(config)
 
 

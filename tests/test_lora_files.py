@@ -495,6 +495,19 @@ def test_a_folder_of_any_kind_will_do():
     assert len({lora.sha256 for lora in found}) == 1
 
 
+def test_a_config_beside_a_file_is_part_of_what_it_is(written):
+    plain, found = written(), []
+    for where in ("metadata", "plain"):  # one has its config in itself, and needs none
+        tensors = load_file(plain)
+        save_file(tensors, plain, metadata={METADATA: json.dumps({"lora_alpha": 1})} if where == "metadata" else None)
+        for alpha in (1, 2):
+            (plain.parent / CONFIG).write_text(json.dumps({"lora_alpha": alpha}))
+            found.append(open_loras([plain])[0].identity)
+    assert found[0] == found[1]
+    assert found[2]["sha256"] == found[3]["sha256"]
+    assert found[2]["config_sha256"] != found[3]["config_sha256"]
+
+
 @pytest.mark.parametrize("where", ["no/a.safetensors", "a\0b", "x" * 300])
 def test_a_file_that_cannot_be_written(tmp_path, where):
     parts = abstract()
