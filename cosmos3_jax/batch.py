@@ -117,7 +117,7 @@ class Batch:
         result = _in_step(line, lambda: run(request))
         if self.folder is not None:
             file = line.name + request.suffix
-            result.save(self.folder.place(line.name, file))
+            result.save(self.folder.folder / file)
             self.folder.done(line.name, file, result.metadata)
 
     def _checked(self, line: Line) -> ResolvedRequest:

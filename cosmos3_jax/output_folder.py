@@ -76,22 +76,21 @@ class OutputFolder:
             self._write(name, {"name": name, "status": "done", **made})
         return True
 
-    def place(self, name: str, file: str) -> Path:
-        """Where to write the file. What there is of the name under another suffix is removed."""
-        for other in {name + suffix for suffix in SUFFIXES} - {file}:
-            try:
-                (self.folder / other).unlink(missing_ok=True)
-            except OSError as error:
-                raise RunError(f"{self.folder / other}: could not be removed ({error})") from error
-        return self.folder / file
-
     def done(self, name: str, file: str, metadata: Mapping[str, Any]) -> None:
-        """Puts on record that a file was written. Raises RunError if it cannot be."""
+        """Puts on record that a file was written, and removes what there is of the name under another suffix.
+
+        Raises RunError if that cannot be.
+        """
         try:
             made = {"file": file, "sha256": checksum(self.folder / file), "metadata": dict(metadata)}
         except OSError as error:
             raise RunError(f"{self.folder / file}: could not be read again ({error})") from error
         self._write(name, {"name": name, "status": "done", **made})
+        for other in {name + suffix for suffix in SUFFIXES} - {file}:
+            try:
+                (self.folder / other).unlink(missing_ok=True)
+            except OSError as error:
+                raise RunError(f"{self.folder / other}: could not be removed ({error})") from error
 
     def failed(self, name: str, error: Exception) -> None:
         """Puts a failure on record. Raises RunError if it cannot be."""

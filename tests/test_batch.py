@@ -340,7 +340,7 @@ def test_what_another_process_finishes_meanwhile_is_not_done_again(batch, out, i
         if how == "failed":
             other.failed("b", InputError("no"))
         else:
-            other.place("b", "b.mp4").write_bytes(b"")
+            (out / "b.mp4").write_bytes(b"")
             other.done("b", "b.mp4", {})
 
     begun = interfere(a=by_another)

@@ -24,7 +24,7 @@ def folder(tmp_path) -> OutputFolder:
 
 
 def make(folder: OutputFolder, name: str = "car", suffix: str = ".mp4", content: bytes = b"frames", metadata=METADATA) -> None:
-    folder.place(name, name + suffix).write_bytes(content)
+    (folder.folder / (name + suffix)).write_bytes(content)
     folder.done(name, name + suffix, metadata)
 
 
@@ -120,6 +120,9 @@ def test_what_cannot_be_compared_is_not_finished(folder):
 def test_a_picture_takes_the_place_of_a_video(folder):
     make(folder)
     make(folder, "bus")
+    with pytest.raises(RunError, match="could not be read again"):
+        folder.done("car", "car.png", METADATA)  # which is not there: the video stays
+    assert listed(folder) == ["bus.json", "bus.mp4", "car.json", "car.mp4"]
     make(folder, suffix=".png")
     assert listed(folder) == ["bus.json", "bus.mp4", "car.json", "car.png"]
 
