@@ -23,7 +23,10 @@ BATCH = 1 << 30  # bytes of small arrays that go together
 
 
 def write(folder: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes arrays as they come, a large one or a gigabyte of small ones at a time. The folder is there once all are."""
+    """Writes arrays as they come, a large one or a gigabyte of small ones at a time. The folder is there once all are.
+
+    Raises InputError where it cannot be written.
+    """
     batch: dict[str, np.ndarray] = {}
     for name, array in arrays:
         batch[name] = array

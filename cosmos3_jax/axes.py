@@ -5,7 +5,7 @@ whole sharding policy is the table `MESH_AXIS`: a letter that is not in it is wh
 
     B  CFG branch: row 0 conditional, row 1 unconditional (one row when guidance is off); in training, a clip
     S  text tokens of a prompt, padded to its bucket         L  layers
-    G  generated tokens (vision, then sound, then action)    D  model width
+    G  generated tokens (vision, then sound)    D  model width
     Q  queries of an attention: S or G                       N  query heads
     M  keys of an attention: G + S                           K  key/value heads
     C  channels of one latent patch                          H  head dimension

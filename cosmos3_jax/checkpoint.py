@@ -18,7 +18,7 @@ from tqdm import tqdm
 from cosmos3_jax import hub
 from cosmos3_jax.config import SchedulerConfig, SoundConfig, TransformerConfig, VAEConfig
 from cosmos3_jax.converted import MARK, ConvertedWeights
-from cosmos3_jax.errors import InputError, shown
+from cosmos3_jax.errors import InputError, faults, shown
 from cosmos3_jax.folder import check_files, read_json, within
 from cosmos3_jax.processes import is_first
 from cosmos3_jax.published import PublishedWeights
@@ -163,9 +163,7 @@ class Checkpoint:
             weights = self.weights()
             problems = weights.audit(networks)
         if problems:
-            listing = "\n  ".join(line if line.isprintable() else ascii(line) for line in problems)
-            count = f"{len(problems)} fault{'s' if len(problems) > 1 else ''}"
-            raise InputError(f"{self.folder}: {count} in the tensors\n  {listing}")
+            raise InputError(f"{self.folder}: {faults(problems, ' in the tensors')}")
         return weights
 
 

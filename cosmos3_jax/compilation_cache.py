@@ -19,7 +19,7 @@ def use_compilation_cache() -> Path | None:
 
     JAX's own settings come first: with `JAX_COMPILATION_CACHE_DIR` programs are kept there, with
     `JAX_ENABLE_COMPILATION_CACHE=0` nowhere (None). Nor are they where that folder cannot be written. Programs are code, so
-    nobody else may write there; JAX tells versions, devices and flags apart by itself.
+    it must be this user's own; JAX tells versions, devices and flags apart by itself.
     """
     if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
         return None

@@ -3,6 +3,7 @@
 Everything that a user's files, values or machine can cause is one of these; anything else that is raised is a defect of ours.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -55,6 +56,12 @@ def shown(value: Any) -> str:
     except Exception:  # a number of too many digits, an object of somebody else's
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def faults(lines: Sequence[str], where: str = "") -> str:
+    """All that is wrong, counted, a line each: "2 faults in the tensors", and what they are."""
+    listing = "\n  ".join(line if line.isprintable() else ascii(line) for line in lines)
+    return f"{len(lines)} fault{'s' if len(lines) > 1 else ''}{where}\n  {listing}"
 
 
 def first_line(error: Exception) -> str:

@@ -171,24 +171,25 @@ def estimate(job: Job, cfg: int, tp: int) -> Estimate:
 
     Raises InputError where the mesh or the heads do not allow it.
     """
-    networks, mesh = _abstract(job, cfg, tp)
-    programs = [*towers(job, networks, mesh), *autoencoders(job, networks, mesh)]
+    networks, programs = _programs(job, cfg, tp)
     return Estimate(cfg, tp, job.dtype, _nbytes(networks), tuple(program.compiled() for program in programs))
 
 
 def work(job: Job, cfg: int, tp: int) -> dict[str, int]:
     """The FLOPs of each stage, all runs and all devices together: what `estimate` says, without compiling."""
-    networks, mesh = _abstract(job, cfg, tp)
-    programs = [*towers(job, networks, mesh), *autoencoders(job, networks, mesh)]
+    _, programs = _programs(job, cfg, tp)
     return {program.name: program.runs * program.flops for program in programs}
 
 
-def _abstract(job: Job, cfg: int, tp: int) -> tuple[Networks, Mesh]:
+def _programs(job: Job, cfg: int, tp: int) -> tuple[Networks, list["Program"]]:
+    """The networks of a job, with shapes for weights, and all that runs on them."""
     mesh = make_mesh(cfg, tp, jax.devices("cpu"))
     job.transformer.check_tensor_parallel(tp)
     sound = job.sound if job.request.enable_sound else None
     networks = abstract_networks(job.transformer, job.vae, mesh, STAND_IN[job.dtype], sound)
-    return (networks._replace(gen=quantized(networks.gen)) if job.quantize == "fp8" else networks), mesh
+    if job.quantize == "fp8":
+        networks = networks._replace(gen=quantized(networks.gen))
+    return networks, [*towers(job, networks, mesh), *autoencoders(job, networks, mesh)]
 
 
 def towers(job: Job, networks: Networks, mesh: Mesh) -> list[Program]:

@@ -37,7 +37,8 @@ def _reason(log: bytes, code: int) -> str:
 def frames(path: str | Path, formats: str, max_pixels: int, fps: float | None = None) -> Generator[Image.Image]:
     """The frames of a video file one by one; at another `fps`, the nearest of them, some left out or repeated.
 
-    Raises OSError if there are none, or not all; ffmpeg ends when this does.
+    Raises OSError if there are none, or ffmpeg was killed; a damaged file gives those before the damage. ffmpeg ends when this
+    does.
     """
     command = _command("-format_whitelist", formats, "-max_pixels", str(max_pixels), "-i", f"file:{path}")
     command += [] if fps is None else ["-vf", f"fps={fps}:round=near"]

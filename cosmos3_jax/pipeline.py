@@ -42,6 +42,7 @@ from cosmos3_jax.stage import failures_told, timed
 from cosmos3_jax.weights import Network
 
 DTYPES = ("float32", "bfloat16")
+OWN = ("checkpoint", "revision", "guardrails")  # of a result's metadata: what each process may have another name for
 # Else XLA drops some roundings to bf16, others on each mesh, and results differ between meshes by as much as from float32.
 AS_WRITTEN = {"xla_allow_excess_precision": False}
 
@@ -217,7 +218,8 @@ class Cosmos3Pipeline:
             with timed(seconds, "tokenize"):
                 ids_BS, length_B = token_ids(request, checkpoint, self.tokenizer, self.mesh.shape["cfg"])
             shapes = jax.tree.map(np.shape, draws)
-            agree([request.num_frames, request.height, request.width, request.seed, shapes, steps, ids_BS.tolist()])
+            asked = {name: value for name, value in metadata.items() if name not in OWN}
+            agree([asked, request.steps_per_call, request.output_type, shapes, steps, ids_BS.tolist()])
             text, generated = self._rotary(request, ids_BS, length_B)
             given = self._encode_given(request, stage)
             prefix = stage("prefill", "und", lambda und: prefill(und, ids_BS, length_B, text))

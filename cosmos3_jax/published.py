@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cosmos3_jax.config import TransformerConfig
-from cosmos3_jax.errors import InputError
+from cosmos3_jax.errors import InputError, faults
 from cosmos3_jax.safetensors_files import DTYPES, Tensor, TensorFolder
 from cosmos3_jax.weights import Index, Network, Weight, audit, by_path, copy, is_stacked, place_weight
 
@@ -219,7 +219,7 @@ class PublishedWeights:
             return {}
         files = self._files(store)
         if files.problems:
-            raise InputError(f"{self.folder / store}: {len(files.problems)} faults\n  " + "\n  ".join(files.problems))
+            raise InputError(f"{self.folder / store}: {faults(files.problems)}")
         return files.shapes()
 
     def arrays(self, store: str) -> Iterator[tuple[str, np.ndarray]]:

@@ -231,7 +231,7 @@ def _indexes(value: Any) -> tuple[int, ...]:
 
 
 def _check_sound(request: Request, transformer: TransformerConfig, sound: SoundConfig | None) -> None:
-    """A checkpoint that can make sound, and time for it."""
+    """A checkpoint that can make sound, and time for it, but not for ever."""
     if not request.enable_sound:
         raise InputError("sound_latents without enable_sound: ask for sound, or leave them out")
     if not transformer.sound_gen:
@@ -241,6 +241,9 @@ def _check_sound(request: Request, transformer: TransformerConfig, sound: SoundC
     frames = sound.latent_frames(request.num_frames, request.fps)
     if frames < 1:
         raise InputError(f"enable_sound: num_frames={request.num_frames} at fps={request.fps} are too short for any sound")
+    if frames > MOST_TOKENS:
+        what = f"num_frames={request.num_frames} at fps={request.fps}"
+        raise InputError(f"enable_sound: {what} are {frames} sound latents, {MOST_TOKENS} are possible; take a higher fps")
     if request.sound_latents is not None:
         _check_latents("sound_latents", request.sound_latents, (sound.vocoder_input_dim, frames))
 

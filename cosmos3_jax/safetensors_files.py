@@ -108,8 +108,8 @@ def _missing(folder: Path) -> str:
     if any(name.endswith(".safetensors") for name in names):
         return f"{folder / INDEX}: missing, but there are safetensors files; download it too"
     pickles = [name for name in names if name.endswith(PICKLES)]
-    beside = f" ({', '.join(pickles)}: pickle files are never opened)" if pickles else ""
-    return f"{folder}: no {STEM}.safetensors and no {INDEX} there{beside}; is the checkpoint complete?"
+    instead = f" ({', '.join(pickles)}: pickle files are never opened)" if pickles else ""
+    return f"{folder}: no {STEM}.safetensors and no {INDEX} there{instead}; is the checkpoint complete?"
 
 
 def open_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -150,13 +150,19 @@ def in_shards(tensors: Iterable[tuple[str, np.ndarray]], limit: int = SHARD) -> 
 
 
 def write_tensors(folder: Path, shards: Iterable[Mapping[str, np.ndarray]]) -> None:
-    """Fills a folder with files of tensors, one for each mapping as it comes, and their index, if there are several."""
+    """Fills a folder with files of tensors, one for each mapping as it comes, and their index, if there are several.
+
+    Raises OSError where that fails.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files: list[tuple[Path, list[str]]] = []
     total_size = 0
     for tensors in shards:
         file = folder / f"{STEM}-{len(files) + 1:05d}.safetensors"
-        _save(file, tensors, {})
+        try:
+            _save(file, tensors, {})
+        except SafetensorError as error:
+            raise OSError(first_line(error)) from error
         readable(file)
         files.append((file, list(tensors)))
         total_size += sum(tensor.nbytes for tensor in tensors.values())

@@ -208,7 +208,7 @@ def advance(state: State, step: Steps, velocity: Latents, given: Given) -> State
 
 
 def moved(x: Latents, since: Latents) -> jax.Array:
-    """How far the mean value of `x` is from what it was, relative to its magnitude; the same on every device."""
+    """How far the values of `x` are from what they were, relative to their magnitude, summed; the same on every device."""
 
     def size(tree: Latents) -> jax.Array:
         return jnp.sum(jnp.abs(ravel_pytree(tree)[0]))

@@ -156,18 +156,23 @@ TOO_SHORT = {"num_frames": 1, "fps": 1000, "sound": SoundConfig(sampling_rate=99
 NO_SOUND = [
     (SOUND | {"transformer": EDGE}, "this checkpoint has no sound heads; leave it out, or take Cosmos3-Nano or -Super"),
     (SOUND | {"sound": None}, "this checkpoint has no sound tokenizer, or was loaded with sound=False; leave it out"),
+    (
+        SOUND | {"num_frames": 40_001, "height": 16, "width": 16, "fps": 0.1},
+        "num_frames=40001 at fps=0.1 are 10000250 sound latents, 1048576 are possible; take a higher fps",
+    ),
     (SOUND | TOO_SHORT, "num_frames=1 at fps=1000 are too short for any sound"),
 ]
+NO_SOUND_IDS = "no heads", "no tokenizer", "too long", "too short"
 
 
-@pytest.mark.parametrize(("settings", "reason"), NO_SOUND, ids=["no heads", "no tokenizer", "too short"])
+@pytest.mark.parametrize(("settings", "reason"), NO_SOUND, ids=NO_SOUND_IDS)
 @pytest.mark.parametrize("latents", [None, np.zeros((64, 197))], ids=["noise", "latents"])
 def test_sound_that_cannot_be_made(settings, reason, latents):
     with pytest.raises(InputError, match=f"^enable_sound: {re.escape(reason)}"):
         ask(**settings, sound_latents=latents)
 
 
-@pytest.mark.parametrize("settings", [settings for settings, _ in NO_SOUND], ids=["no heads", "no tokenizer", "too short"])
+@pytest.mark.parametrize("settings", [settings for settings, _ in NO_SOUND], ids=NO_SOUND_IDS)
 def test_who_asks_for_no_sound_is_not_told_of_it(settings):
     request = ask(**settings | {"enable_sound": False})
     assert request.sound_frames(settings.get("sound", SOUND_TOKENIZER)) == 0

@@ -8,8 +8,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from cosmos3_jax import safetensors_files
 from cosmos3_jax.errors import InputError
 from cosmos3_jax.safetensors_files import DTYPES, INDEX, STEM, TensorFolder, in_shards, write_tensors
 
@@ -194,6 +196,15 @@ def test_tensors_are_written_as_they_come(tmp_path):
 
     write_tensors(tmp_path, shards())
     assert TensorFolder(tmp_path).shapes() == {"0": (2,), "1": (2,), "2": (2,)}
+
+
+def test_a_place_that_cannot_be_written_is_an_error_of_the_system(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("No space left on device\nmore")
+
+    monkeypatch.setattr(safetensors_files, "save_file", full)
+    with pytest.raises(OSError, match=r"^No space left on device$"):
+        write_tensors(tmp_path, [{"a": np.zeros(2, np.float32)}])
 
 
 def test_the_kinds_are_those_of_the_format(tmp_path):

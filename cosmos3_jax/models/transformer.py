@@ -82,9 +82,7 @@ class UndTower(nnx.Module):
         self.layers = stack(config.num_hidden_layers - 1, UndLayer(config))
         self.last = KeysValues(config)
 
-    def prefill(
-        self, ids_BS: jax.Array, length_B: jax.Array, rotary: Rotary, *, unroll: int = 1, remat: bool = False
-    ) -> Prefix:
+    def prefill(self, ids_BS: jax.Array, length_B: jax.Array, rotary: Rotary, *, remat: bool = False) -> Prefix:
         """The Prefix of right-padded prompts: token ids, their real lengths, rotary of positions 0..S-1 ([1, S, H/2]).
 
         `remat` is for training: layers are computed once more on the way back, so that nothing within them is kept.
@@ -96,7 +94,7 @@ class UndTower(nnx.Module):
 
         x_BSD = constrain(self.embed[...][ids_BS], "BSD")
         layer = jax.checkpoint(layer, prevent_cse=False) if remat else layer
-        x_BSD, (k_LBSKH, v_LBSKH) = jax.lax.scan(layer, x_BSD, weights, unroll=unroll)
+        x_BSD, (k_LBSKH, v_LBSKH) = jax.lax.scan(layer, x_BSD, weights)
         _, _, v_BSKH, k_BSKH = self.last(x_BSD, rotary)
         k_LBSKH = jnp.concatenate([k_LBSKH, k_BSKH[None]])
         v_LBSKH = jnp.concatenate([v_LBSKH, v_BSKH[None]])
