@@ -19,6 +19,7 @@ and columns are divided while a video is decoded, by the same devices in another
 
 import functools
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from cosmos3_jax.errors import InputError
+from cosmos3_jax.errors import InputError, first_line, shown
 
 MESH_AXIS = {"B": "cfg", "N": "tp", "K": "tp", "F": "tp", "h": "h", "w": "w"}
 
@@ -37,13 +38,13 @@ def make_mesh(cfg: int = 1, tp: int = 1, devices: Sequence[jax.Device] | None = 
     cfg is outermost: with cfg=2 the first half of the devices holds the conditional branch. Raises InputError where
     the mesh does not fit the devices.
     """
-    present = list(jax.devices() if devices is None else devices)
+    present = _devices() if devices is None else list(devices)
     if not present:
         raise InputError("devices: at least one is expected")
-    if cfg not in (1, 2):
-        raise InputError(f"cfg={cfg}: guidance has two branches; use cfg=1 or cfg=2")
-    if tp < 1:
-        raise InputError(f"tp={tp}: tensor parallelism needs at least one device; use tp=1 or more")
+    if not isinstance(cfg, numbers.Integral) or cfg not in (1, 2):
+        raise InputError(f"cfg={shown(cfg)}: guidance has two branches; use cfg=1 or cfg=2")
+    if not isinstance(tp, numbers.Integral) or tp < 1:
+        raise InputError(f"tp={shown(tp)}: tensor parallelism needs at least one device; use tp=1 or more")
     used = present[: cfg * tp]
     if len(used) < cfg * tp:
         fits = min(cfg, len(present))
@@ -79,6 +80,15 @@ def padded(size: int, parts: int) -> int:
     if parts > 1:
         size = max(size, 3)  # 2 rows over 2 devices: XLA's partitioner gets a 3x3 convolution wrong (as of jax 0.12)
     return -(-size // parts) * parts
+
+
+def _devices() -> list[jax.Device]:
+    """All that JAX sees. Raises InputError where JAX_PLATFORMS asks for some that are not there."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: cuda without a GPU (as of jax 0.10)
+        asked = f"JAX_PLATFORMS={jax.config.jax_platforms}"
+        raise InputError(f"{asked}: JAX finds no such devices ({first_line(error)}); unset it, or mend the driver") from error
 
 
 def _processes(devices: Sequence[jax.Device]) -> set[int]:

@@ -6,7 +6,6 @@ the weights, so that generation costs no more than without. Reference: arXiv 210
 """
 
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from cosmos3_jax.axes import sharding
+from cosmos3_jax.checks import real, whole
 from cosmos3_jax.config import TransformerConfig
 from cosmos3_jax.errors import InputError, shown
 from cosmos3_jax.published import names_of
@@ -80,9 +80,7 @@ def abstract_adapters(
     tower: "to_q", "mlp_moe_gen.up_proj", "up_proj" (of both towers). Parts without any are left out.
     Raises InputError for a rank or an alpha that is none, and for targets that are no such modules.
     """
-    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
-        raise InputError(f"rank={shown(rank)}: a whole number of at least 1 is expected")
-    alpha = number("alpha", alpha)
+    rank, alpha = whole("rank", rank, 1), number("alpha", alpha)
     if isinstance(targets, str) or not targets:
         raise InputError(f"targets={shown(targets)}: a list of modules is expected, such as {list(TARGETS)}")
     known = {part: modules(part, networks[part], config) for part in TOWERS if part in networks}
@@ -94,16 +92,13 @@ def abstract_adapters(
             ends = sorted({name.split(".", 2)[2] for names in known.values() for listed in names.values() for name in listed})
             raise InputError(f"targets: {shown(target)} is no projection in all layers of a tower; there are {', '.join(ends)}")
         for part, path in chosen:
-            found.setdefault(part, {})[path] = abstract_adapter(weights[part][path], int(rank), alpha / int(rank))
+            found.setdefault(part, {})[path] = abstract_adapter(weights[part][path], rank, alpha / rank)
     return found
 
 
 def number(name: str, value: Any) -> float:
     """An alpha or a scale. Raises InputError for what can be none."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not -MOST <= value <= MOST:
-        raise InputError(f"{name}={shown(value)}: a number from {-MOST} to {MOST} is expected")
-    return float(value)
+    return real(name, value, -MOST, MOST)
 
 
 def _is_meant(target: str, names: Sequence[str]) -> bool:

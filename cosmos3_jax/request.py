@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import itertools
 import math
-import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from cosmos3_jax.checks import number_or_none, real, whole
 from cosmos3_jax.config import UNIPC, SchedulerConfig, SoundConfig, TransformerConfig, VAEConfig
 from cosmos3_jax.errors import InputError, first_line, shown
 from cosmos3_jax.prompt import MOST_TEXT, STYLES, Metadata
@@ -37,7 +37,7 @@ CHOICES = {
     "output_type": OUTPUT_TYPES,
     "condition_video_keep": ("first", "last"),
 }
-MOST_TOKENS = 1 << 20  # generated ones, of the latents' patches; 189 frames of 720p are 44,160
+MOST_GENERATED = 1 << 20  # generated ones, of the latents' patches; 189 frames of 720p are 44,160
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,10 +142,13 @@ def _plain(request: Request) -> Request:
     """Each value by itself, as Python's own number or numpy's array. Raises InputError for one that cannot be used."""
     given = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
     _check_texts(given)
+    left_open = {field.name for field in dataclasses.fields(request) if field.default is None and given[field.name] is None}
     for name, least in WHOLE.items():
-        given[name] = _whole(name, given[name], least)
+        if name not in left_open:
+            given[name] = whole(name, given[name], least, MOST.get(name, math.inf))
     for name, (low, high) in RANGES.items():
-        given[name] = _real(name, given[name], low, high)
+        if name not in left_open:
+            given[name] = real(name, given[name], low, high)
     if not isinstance(request.enable_sound, bool | np.bool_):
         raise InputError(f"enable_sound={shown(request.enable_sound)}: True or False is expected")
     given["enable_sound"] = bool(request.enable_sound)
@@ -170,36 +173,6 @@ def _check_texts(given: Mapping[str, Any]) -> None:
             raise InputError(f"{name}: {len(value)} characters; {MOST_TEXT} are possible")
 
 
-def _whole(name: str, value: Any, least: int) -> int | None:
-    number = _number(int, value)
-    if value is None and name == "num_inference_steps":
-        return None
-    if number is None or number < least:
-        raise InputError(f"{name}={shown(value)}: a whole number of at least {least} is expected")
-    if number > MOST.get(name, math.inf):
-        raise InputError(f"{name}={shown(value)}: at most {MOST[name]} is possible")
-    return number
-
-
-def _real(name: str, value: Any, low: float, high: float) -> float | None:
-    number = _number(float, value)
-    if value is None and name not in ("fps", "step_cache"):
-        return None
-    if number is None or not low <= number <= high:
-        raise InputError(f"{name}={shown(value)}: a number from {low} to {high} is expected")
-    return number
-
-
-def _number(kind: type, value: Any) -> Any:
-    """A number of any library as Python's own; None for what is none, or has no place in a float."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
-        return None
-    try:
-        return value if type(value) in (int, float) else kind(value)
-    except Exception:  # too large for a float; whatever somebody else's type does
-        return None
-
-
 def _pictures(name: str, value: Any) -> Any:
     """A path as it is; PIL images that are there; what is anything else as an array, to be judged by its shape (media.py)."""
     if value is None or isinstance(value, str | Path):
@@ -222,7 +195,7 @@ def _indexes(value: Any) -> tuple[int, ...]:
     """Latent frames; which of them there are is not known here."""
     try:
         listed = isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim == 1)
-        found = [_number(int, each) for each in itertools.islice(value, MOST_TOKENS)] if listed else []
+        found = [number_or_none(int, each) for each in itertools.islice(value, MOST_GENERATED)] if listed else []
     except Exception:  # whatever somebody else's sequence does
         found = []
     if not found or None in found or min(found) < 0:
@@ -241,9 +214,9 @@ def _check_sound(request: Request, transformer: TransformerConfig, sound: SoundC
     frames = sound.latent_frames(request.num_frames, request.fps)
     if frames < 1:
         raise InputError(f"enable_sound: num_frames={request.num_frames} at fps={request.fps} are too short for any sound")
-    if frames > MOST_TOKENS:
+    if frames > MOST_GENERATED:
         what = f"num_frames={request.num_frames} at fps={request.fps}"
-        raise InputError(f"enable_sound: {what} are {frames} sound latents, {MOST_TOKENS} are possible; take a higher fps")
+        raise InputError(f"enable_sound: {what} are {frames} sound latents, {MOST_GENERATED} are possible; take a higher fps")
     if request.sound_latents is not None:
         _check_latents("sound_latents", request.sound_latents, (sound.vocoder_input_dim, frames))
 
@@ -279,10 +252,10 @@ def _check_sizes(request: Request, transformer: TransformerConfig, vae: VAEConfi
             raise InputError(f"{name}={value} is not a multiple of {space}; use {' or '.join(map(str, near))}")
     t, h, w = vae.latent_shape(request.num_frames, request.height, request.width)
     patch = transformer.latent_patch_size
-    if (tokens := t * -(-h // patch) * -(-w // patch)) > MOST_TOKENS:
+    if (tokens := t * -(-h // patch) * -(-w // patch)) > MOST_GENERATED:
         what = f"num_frames={shown(request.num_frames)} of height={request.height}, width={request.width}"
         raise InputError(
-            f"{what}: {shown(tokens)} tokens would be generated, {MOST_TOKENS} are possible; make them fewer or smaller"
+            f"{what}: {shown(tokens)} tokens would be generated, {MOST_GENERATED} are possible; make them fewer or smaller"
         )
 
 

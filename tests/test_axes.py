@@ -58,6 +58,8 @@ def test_one_device_is_the_default():
         (3, 1, 8, "cfg=3: guidance has two branches; use cfg=1 or cfg=2"),
         (0, 1, 8, "cfg=0: guidance has two branches; use cfg=1 or cfg=2"),
         (1, 0, 8, "tp=0: tensor parallelism needs at least one device; use tp=1 or more"),
+        (2.0, 1, 8, "cfg=2.0: guidance has two branches; use cfg=1 or cfg=2"),
+        (1, "2", 8, "tp='2': tensor parallelism needs at least one device; use tp=1 or more"),
         (2, 8, 8, "cfg=2 x tp=8 needs 16 devices, but there are 8; --cfg 2 --tp 4 fits"),
         (1, 4, 3, "cfg=1 x tp=4 needs 4 devices, but there are 3; --cfg 1 --tp 2 fits"),
         (2, 1, 1, "cfg=2 x tp=1 needs 2 devices, but there are 1; --cfg 1 --tp 1 fits"),
@@ -67,6 +69,13 @@ def test_a_mesh_that_does_not_fit_is_refused(cfg, tp, count, message):
     with pytest.raises(InputError) as error:
         make_mesh(cfg, tp, devices=range(count))
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("Unable to initialize backend 'cuda'"), AssertionError()])
+def test_devices_that_jax_cannot_find_are_told(monkeypatch, raised):
+    monkeypatch.setattr(jax, "devices", lambda: (_ for _ in ()).throw(raised))
+    with pytest.raises(InputError, match=r"JAX_PLATFORMS=cpu: JAX finds no such devices \(.+\); unset it, or mend the driver"):
+        make_mesh()
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_winograd_rounds_as_channels_side_by_side_do():
     frames, weight = random(6, 16, 16, 256), random(3, 3, 3, 256, 64, seed=1) / np.float32(48)
     expected = exact(frames, weight)
     plain, fast = (errors(np.asarray(way(windows_of(frames), weight, SAME)), expected)[0] for way in (side_by_side, winograd))
-    assert fast < 1.4 * plain < 1e-6
+    assert fast < 1.4 * plain < 2e-6
 
 
 @pytest.mark.parametrize(("h", "w"), [(1, 1), (1, 4), (5, 7)])
@@ -92,7 +92,6 @@ def run(function, frames: int, dtype="float32", taps: int = 3, stride: int = 1, 
         ({"function": convolve_doubled, "frames": 2}, 4 * [2], (8, 8)),
         ({"function": convolve_doubled, "frames": 2, "dtype": "bfloat16"}, [2], (16, 16)),
     ],
-    ids=str,
 )
 def test_which_way_is_taken(how, frames, size):
     """How many convolutions a CPU runs, and of how many frames of what size each."""

@@ -296,7 +296,7 @@ def test_sigterm_saves_and_ends(clips, folders, tmp_path):
             assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=300)
     assert process.returncode == 143
     assert said.splitlines()[-1] == "error: stopped by SIGTERM"
     states = [int(path.name) for path in (tmp_path / "run" / "states").iterdir()]
@@ -449,7 +449,7 @@ def test_folders_that_cannot_be_learned_from(tmp_path, files, sentence):
     ("change", "sentence"),
     [
         ({"steps": 0}, "steps=0: a whole number of at least 1"),
-        ({"seed": 2**31}, "seed=2147483648: a whole number of at least 0, and at most 2147483647"),
+        ({"seed": 2**31}, "seed=2147483648: at most 2147483647 is possible"),
         ({"train_text_tower": "no"}, "train_text_tower='no': True or False"),
         ({"learning_rate": float("nan")}, "learning_rate=nan: a number from"),
         ({"learning_rate": 10**400}, "learning_rate=1000"),

@@ -182,7 +182,7 @@ class Process:
     popen: subprocess.Popen
     log: Path
 
-    def code(self, seconds: float = 60) -> int:
+    def code(self, seconds: float = 300) -> int:
         return self.popen.wait(timeout=seconds)
 
     @property

@@ -86,7 +86,9 @@ def test_odd_numbers_stay_as_they_are(tmp_path, value):
 
 
 @pytest.mark.parametrize(
-    "turn", [np.transpose, lambda x: x[::2], lambda x: x[:, ::-1], lambda x: np.broadcast_to(x[:1], x.shape)], ids=str
+    "turn",
+    [np.transpose, lambda x: x[::2], lambda x: x[:, ::-1], lambda x: np.broadcast_to(x[:1], x.shape)],
+    ids=["transposed", "every second", "backwards", "repeated"],
 )
 def test_views_are_written_as_their_values(tmp_path, turn):
     tensor = turn(np.arange(24, dtype=np.float32).reshape(4, 6))

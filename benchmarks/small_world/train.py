@@ -1,8 +1,12 @@
 """Trains the built-in checkpoint from random weights: `python -m benchmarks.small_world.train WORK` writes WORK/checkpoint.
 
 Tokenizer, VAE, sound tokenizer and transformer, one after the other. The autoencoders see new scenes at every step, the
-transformer 18,000 films that are encoded once. What is finished is kept in WORK, so that the same command goes on where it was
+transformer films that are encoded once. What is finished is kept in WORK, so that the same command goes on where it was
 stopped. WORK/small-world-training.json tells the seconds of each stage, and what they ran on.
+
+    python -m benchmarks.small_world.train WORK --checkpoint DIR
+
+trains the transformer of such a checkpoint further, on other films; all else in it stays as it is.
 """
 
 import argparse
@@ -34,8 +38,10 @@ from benchmarks.small_world.film import sound as tone
 from benchmarks.small_world.scene import SHAPES, TWO, Scene, Thing, caption, draw_scene
 from convert.random_checkpoint import write_checkpoint, write_tokenizer
 from cosmos3_jax.axes import make_mesh
+from cosmos3_jax.checkpoint import Checkpoint, load
 from cosmos3_jax.config import TINY, TINY_SOUND, TINY_VAE, SoundEncoderConfig, VAEConfig
 from cosmos3_jax.latents import Latents
+from cosmos3_jax.lora import TOWERS
 from cosmos3_jax.models.sound import SoundDecoder
 from cosmos3_jax.models.sound_encoder import SoundEncoder
 from cosmos3_jax.models.transformer import GenTower, UndTower
@@ -72,15 +78,18 @@ class Plan:
     examples: int = 12_000  # films, encoded once
     pairs: int = 6_000  # films more, of two things, which are harder to learn than one
     images: int = 1_500  # of one frame
+    seeds: tuple[int, int, int] = (4, 8, 5)  # of these three
     steps: int = 24_000  # of the transformer
+    rate: float = 1.5e-3  # its highest learning rate
     batch_size: int = 32
 
 
+FURTHER = Plan(examples=2_400, pairs=1_200, images=300, seeds=(14, 18, 15), steps=1_800, rate=5e-4)
 QUICK = Plan(vae_steps=2, short_steps=1, sound_steps=2, examples=8, pairs=4, images=4, steps=2, batch_size=2)
 SHORT_FILMS, FILMS = (12, autoencoders.SHORT), (3, autoencoders.LONG)  # (batch size, frames) that the VAE learns from
 SOUND_BATCH, SOUND_LATENTS = 8, 10
 QUIET = 0.01  # the sound decoder's last weights, and the last of each residual unit, begin with so much of their usual size
-VAE_RATE, SOUND_RATE, RATE = 2e-3, 1e-3, 1.5e-3  # learning rates, the highest
+VAE_RATE, SOUND_RATE = 2e-3, 1e-3  # learning rates, the highest
 DRAWS = Draws(flow_shift=5.0, image_flow_shift=3.0, caption_dropout=0.1, image_share=0.2, clip_share=0.05)
 
 RECORD = "small-world-training.json"
@@ -122,24 +131,62 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.small_world.train", description=__doc__)
     parser.add_argument("work", type=Path)
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="train its transformer further (from random weights)")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, in WORK/quick, to see that it runs")
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that times are told
     folder: Path = arguments.work / "quick" if arguments.quick else arguments.work
     folder.mkdir(parents=True, exist_ok=True)
-    plan, work = QUICK if arguments.quick else Plan(), Work(folder)
+    work = Work(folder)
+    if arguments.checkpoint is None:
+        plan = QUICK if arguments.quick else Plan()
+        config, networks = train_autoencoders(plan, work)
+        towers = {"und": fresh(UndTower(TRANSFORMER_CONFIG), 6), "gen": fresh(GenTower(TRANSFORMER_CONFIG), 7)}
+        networks |= {part: values(network) for part, network in towers.items()}
+    else:
+        plan = QUICK if arguments.quick else FURTHER
+        config, networks = read(arguments.checkpoint)
+        shutil.copytree(arguments.checkpoint / "text_tokenizer", folder / "text_tokenizer", dirs_exist_ok=True)
+    latents = work.stage("latents", lambda: encode(plan, config, networks["vae"]))
+    kinds, nothing = examples(folder, latents, encode_sounds(networks["sound_encoder"]))
+    networks |= work.stage("transformer", lambda: train_transformer(plan, folder, networks, kinds, nothing))
+    write(folder / "checkpoint", config, networks, folder / "text_tokenizer")
+    if arguments.checkpoint is not None:
+        for name in ("vae", "sound_tokenizer"):
+            shutil.copytree(arguments.checkpoint / name, folder / "checkpoint" / name, dirs_exist_ok=True)
+    size = sum(file.stat().st_size for file in (folder / "checkpoint").rglob("*") if file.is_file())
+    print(f"{folder / 'checkpoint'}: {size / 1e6:.1f} MB")
+
+
+def train_autoencoders(plan: Plan, work: Work) -> tuple[VAEConfig, dict[str, Values]]:
+    """The VAE with the statistics of its latents, and the sound tokenizer; the text tokenizer in its folder."""
+    folder = work.folder
     if not (folder / "text_tokenizer").exists():
         write_tokenizer(folder / "text_tokenizer", list(texts(5000)))
     vae, (mean, std) = work.stage("vae", lambda: train_vae(plan, folder))
-    config = dataclasses.replace(VAE_CONFIG, latents_mean=tuple(mean), latents_std=tuple(std))
     sound = work.stage("sound", lambda: train_sound(plan, folder))
-    latents = work.stage("latents", lambda: encode(plan, config, vae))
-    kinds, nothing = examples(folder, latents, encode_sounds(sound["encoder"]))
-    towers = work.stage("transformer", lambda: train_transformer(plan, folder, kinds, nothing))
-    networks = {"vae": vae, "sound": sound["decoder"], "sound_encoder": sound["encoder"], **towers}
-    write(folder / "checkpoint", config, networks, folder / "text_tokenizer")
-    size = sum(file.stat().st_size for file in (folder / "checkpoint").rglob("*") if file.is_file())
-    print(f"{folder / 'checkpoint'}: {size / 1e6:.1f} MB")
+    config = dataclasses.replace(VAE_CONFIG, latents_mean=tuple(mean), latents_std=tuple(std))
+    return config, {"vae": vae, "sound": sound["decoder"], "sound_encoder": sound["encoder"]}
+
+
+def read(folder: Path) -> tuple[VAEConfig, dict[str, Values]]:
+    """A checkpoint of this script: its VAE's config, and the weights of all its networks. Raises InputError for another."""
+    checkpoint = Checkpoint.open(folder, sound=True, sound_encoder=True)
+    networks = {part: split(module, make_mesh(), jnp.float32) for part, module in modules(checkpoint.vae).items()}
+    weights = checkpoint.audited(networks)
+    return checkpoint.vae, {part: values(load(weights, part, network)) for part, network in networks.items()}
+
+
+def modules(config: VAEConfig) -> dict[str, nnx.Module]:
+    """All networks, without weights."""
+    assert SOUND_CONFIG.encoder is not None
+    return {
+        "und": UndTower(TRANSFORMER_CONFIG),
+        "gen": GenTower(TRANSFORMER_CONFIG),
+        "vae": VAE(config),
+        "sound": SoundDecoder(SOUND_CONFIG),
+        "sound_encoder": SoundEncoder(SOUND_CONFIG.encoder),
+    }
 
 
 def texts(count: int) -> Iterator[str]:
@@ -218,12 +265,13 @@ def encode(plan: Plan, config: VAEConfig, vae: Values) -> dict[str, Any]:
     """The latents of films and of pictures, in half precision, their captions, and the shapes that are heard."""
     network = filled(VAE(config), vae)
     found: dict[str, Any] = {"films": [], "film_texts": [], "first_shapes": [], "images": [], "image_texts": []}
-    films = itertools.chain(scenes(plan.examples, seed=4), scenes(plan.pairs, seed=8, two=1))
+    of_films, of_pairs, of_images = plan.seeds
+    films = itertools.chain(scenes(plan.examples, of_films), scenes(plan.pairs, of_pairs, two=1))
     for scene, text, film in tqdm(films, desc="encode", total=plan.examples + plan.pairs):
         found["films"].append(np.asarray(encode_clip(network, pixels(film)), np.float16))
         found["film_texts"].append(text)
         found["first_shapes"].append(scene.things[0].shape)
-    for _, text, film in scenes(plan.images, seed=5):
+    for _, text, film in scenes(plan.images, of_images):
         found["images"].append(np.asarray(encode_clip(network, pixels(film[:1])), np.float16))
         found["image_texts"].append(text)
     return found
@@ -259,10 +307,12 @@ def examples(folder: Path, latents: dict[str, Any], sounds: dict[str, np.ndarray
     return [films, silent, images], tokenize(tokenizer, "")
 
 
-def train_transformer(plan: Plan, folder: Path, kinds: list[list[Example]], nothing: list[int]) -> dict[str, Values]:
-    """The weights of both towers, averaged; from where an earlier run was stopped."""
-    towers = {"und": fresh(UndTower(TRANSFORMER_CONFIG), 6), "gen": fresh(GenTower(TRANSFORMER_CONFIG), 7)}
-    how = Optimization(steps=plan.steps, learning_rate=RATE, warmup=200, weight_decay=0.01, average=0.999)
+def train_transformer(
+    plan: Plan, folder: Path, start: dict[str, Values], kinds: list[list[Example]], nothing: list[int]
+) -> dict[str, Values]:
+    """The weights of both towers, averaged; from `start`, or from where an earlier run was stopped."""
+    towers = {part: filled(module, start[part]) for part, module in modules(VAE_CONFIG).items() if part in TOWERS}
+    how = Optimization(steps=plan.steps, learning_rate=plan.rate, warmup=200, weight_decay=0.01, average=0.999)
     trained, mesh = Whole(towers, jnp.float32), make_mesh()
     state = begin(values_of(towers), how, mesh)
     empty = {part: some(network, lambda path: False) for part, network in towers.items()}
@@ -285,17 +335,9 @@ def write(folder: Path, config: VAEConfig, networks: dict[str, Values], tokenize
     shutil.rmtree(folder, ignore_errors=True)
     write_checkpoint(folder, TRANSFORMER_CONFIG, config, SOUND_CONFIG, dtype=jnp.bfloat16)
     shutil.copytree(tokenizer, folder / "text_tokenizer", dirs_exist_ok=True)
-    assert SOUND_CONFIG.encoder is not None
-    modules = {
-        "und": UndTower(TRANSFORMER_CONFIG),
-        "gen": GenTower(TRANSFORMER_CONFIG),
-        "vae": VAE(config),
-        "sound": SoundDecoder(SOUND_CONFIG),
-        "sound_encoder": SoundEncoder(SOUND_CONFIG.encoder),
-    }
     for name in ("transformer", "vae", "sound_tokenizer"):
         tensors = {key: np.zeros(x.shape, jnp.bfloat16) for key, x in load_file(folder / name / f"{STEM}.safetensors").items()}
-        for part, module in modules.items():
+        for part, module in modules(config).items():
             if FOLDER_OF[part] == name:
                 tensors |= published(part, filled(module, networks[part]))
         write_tensors(folder / name, [tensors])

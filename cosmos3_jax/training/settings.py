@@ -1,10 +1,10 @@
 """Everything that can be set of a run of training, with its default and its check."""
 
 import dataclasses
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
+from cosmos3_jax.checks import real, whole
 from cosmos3_jax.errors import InputError, shown
 
 WHOLE = {  # at least
@@ -14,6 +14,7 @@ WHOLE = {  # at least
     "warmup": 0,
     "save_every": 1,
     "sample_every": 1,
+    "lora_rank": 1,
     "seed": 0,
 }
 MOST = 2**31 - 1
@@ -68,19 +69,20 @@ class Training:
         What has to do with a checkpoint (frames, sizes, fps, sound) is left as it is, to be checked as that of a request.
         """
         values: dict[str, Any] = {}
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        left_open = {field.name for field in dataclasses.fields(self) if field.default is None and given[field.name] is None}
         for name, least in WHOLE.items():
-            values[name] = _whole(name, getattr(self, name), least)
+            if name not in left_open:
+                values[name] = whole(name, given[name], least, MOST)
         for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            values[name] = None if value is None and _is_optional(name) else _real(name, value, low, high)
+            if name not in left_open:
+                values[name] = real(name, given[name], low, high)
         for name in ("lora_targets", "sample_prompts"):
             values[name] = _texts(name, getattr(self, name))
         if self.train_text_tower not in (True, False):
             raise InputError(f"train_text_tower={shown(self.train_text_tower)}: True or False is expected")
         values["train_text_tower"] = bool(self.train_text_tower)
-        if self.lora_rank is not None:
-            values["lora_rank"] = _whole("lora_rank", self.lora_rank, 1)
-        elif self.lora_targets or self.lora_alpha is not None:
+        if self.lora_rank is None and (self.lora_targets or self.lora_alpha is not None):
             raise InputError("lora_targets and lora_alpha are for adapters: give lora_rank too, or leave them out")
         if self.lora_targets and self.train_text_tower:
             raise InputError("lora_targets name all that is trained: leave train_text_tower out, and name to_q, ... too")
@@ -89,24 +91,7 @@ class Training:
         return dataclasses.replace(self, **values)
 
 
-def _is_optional(name: str) -> bool:
-    return {field.name: field.default for field in dataclasses.fields(Training)}[name] is None
-
-
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
         raise InputError(f"{name}={shown(value)}: a list of texts is expected")
     return tuple(value)
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= int(value) <= MOST:
-        raise InputError(f"{name}={shown(value)}: a whole number of at least {least}, and at most {MOST}, is expected")
-    return int(value)
-
-
-def _real(name: str, value: Any, low: float, high: float) -> float:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:
-        raise InputError(f"{name}={shown(value)}: a number from {low} to {high} is expected")
-    return float(value)
