@@ -125,8 +125,14 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.fixture(scope="session")
+def recorded():
+    """`recorded(name)`: what the reference computed, by name."""
+    return lambda name: np.load(DATA / "goldens" / f"{name}.npz")
+
+
 @pytest.fixture(params=["recorded", pytest.param("live", marks=pytest.mark.live)])
-def goldens(request, folders):
+def goldens(request, folders, recorded):
     """`goldens(name)`: what the reference computes, by name; recorded, and live where torch and diffusers are installed."""
     if request.param == "live":
         pytest.importorskip("torch")
@@ -134,4 +140,4 @@ def goldens(request, folders):
         import make_goldens
 
         return make_goldens.Live(folders)
-    return lambda name: np.load(DATA / "goldens" / f"{name}.npz")
+    return recorded

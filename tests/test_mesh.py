@@ -55,7 +55,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("cfg", "tp"), MESHES)
-def test_every_mesh_gives_the_same_video(case, cfg, tp, ours, goldens):
+def test_every_mesh_gives_the_same_video(case, cfg, tp, ours, recorded):
     # Devices add partial products in another order. Guidance weighs the rounding of each branch five and six times, so that
     # after four steps a thousandth of the values is off by 1e-5 of the standard deviation, as they are from the reference's.
     assert tuple(ours(case, cfg, tp)) == cases.outputs_of(case)
@@ -64,7 +64,7 @@ def test_every_mesh_gives_the_same_video(case, cfg, tp, ours, goldens):
         amplified = 2 if output == "sound" else 1  # the sound decoder's sines do that to an error of its latents
         assert rms < amplified * 5e-6
         assert largest < amplified * 5e-5
-        assert errors(value, goldens("wide")[f"{case}.{output}"])[1] < amplified * 5e-5
+        assert errors(value, recorded("wide")[f"{case}.{output}"])[1] < amplified * 5e-5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
