@@ -87,7 +87,7 @@ def _devices() -> list[jax.Device]:
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # AssertionError: cuda without a GPU (as of jax 0.10)
-        asked = f"JAX_PLATFORMS={jax.config.jax_platforms}"
+        asked = f"JAX_PLATFORMS={jax.config.jax_platforms}"  # type: ignore[attr-defined]
         raise InputError(f"{asked}: JAX finds no such devices ({first_line(error)}); unset it, or mend the driver") from error
 
 
