@@ -83,12 +83,15 @@ def padded(size: int, parts: int) -> int:
 
 
 def _devices() -> list[jax.Device]:
-    """All that JAX sees. Raises InputError where JAX_PLATFORMS asks for some that are not there."""
+    """All that JAX sees. Raises InputError where there are none, as where JAX_PLATFORMS asks for others than there are."""
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # AssertionError: cuda without a GPU (as of jax 0.10)
-        asked = f"JAX_PLATFORMS={jax.config.jax_platforms}"  # type: ignore[attr-defined]
-        raise InputError(f"{asked}: JAX finds no such devices ({first_line(error)}); unset it, or mend the driver") from error
+        if not (asked := jax.config.jax_platforms):  # type: ignore[attr-defined]
+            raise InputError(f"JAX finds no devices: {first_line(error)}") from error
+        raise InputError(
+            f"JAX_PLATFORMS={asked}: JAX finds no such devices ({first_line(error)}); unset it, or mend the driver"
+        ) from error
 
 
 def _processes(devices: Sequence[jax.Device]) -> set[int]:

@@ -1,12 +1,34 @@
 """Numbers from outside, of whatever library, as Python's own; InputError for what is none, or out of range."""
 
+import dataclasses
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from cosmos3_jax.errors import InputError, shown
+
+
+def in_range(
+    settings: Any, least: Mapping[str, int], most: Mapping[str, int], ranges: Mapping[str, tuple[float, float]]
+) -> dict[str, Any]:
+    """Those fields of a dataclass that are whole numbers (`least`, `most`) or numbers (`ranges`), by name, as Python's own.
+
+    None stays where it is the default. Raises InputError for the first that cannot be used.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    checked: dict[str, Any] = {}
+    for name in (*least, *ranges):
+        value = getattr(settings, name)
+        if value is None and defaults[name] is None:
+            checked[name] = None
+        elif name in ranges:
+            checked[name] = real(name, value, *ranges[name])
+        else:
+            checked[name] = whole(name, value, least[name], most.get(name, math.inf))
+    return checked
 
 
 def whole(name: str, value: Any, least: int, most: float = math.inf) -> int:

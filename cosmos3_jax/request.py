@@ -6,7 +6,6 @@ Names are those of diffusers where it has them.
 import dataclasses
 import hashlib
 import itertools
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from cosmos3_jax.checks import number_or_none, real, whole
+from cosmos3_jax.checks import in_range, number_or_none
 from cosmos3_jax.config import UNIPC, SchedulerConfig, SoundConfig, TransformerConfig, VAEConfig
 from cosmos3_jax.errors import InputError, first_line, shown
 from cosmos3_jax.prompt import MOST_TEXT, STYLES, Metadata
@@ -142,13 +141,7 @@ def _plain(request: Request) -> Request:
     """Each value by itself, as Python's own number or numpy's array. Raises InputError for one that cannot be used."""
     given = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
     _check_texts(given)
-    left_open = {field.name for field in dataclasses.fields(request) if field.default is None and given[field.name] is None}
-    for name, least in WHOLE.items():
-        if name not in left_open:
-            given[name] = whole(name, given[name], least, MOST.get(name, math.inf))
-    for name, (low, high) in RANGES.items():
-        if name not in left_open:
-            given[name] = real(name, given[name], low, high)
+    given |= in_range(request, WHOLE, MOST, RANGES)
     if not isinstance(request.enable_sound, bool | np.bool_):
         raise InputError(f"enable_sound={shown(request.enable_sound)}: True or False is expected")
     given["enable_sound"] = bool(request.enable_sound)

@@ -78,6 +78,20 @@ def test_devices_that_jax_cannot_find_are_told(monkeypatch, raised):
         make_mesh()
 
 
+def test_no_devices_at_all_are_told(monkeypatch):
+    def fails():
+        raise RuntimeError("Unable to initialize backend 'cuda'")
+
+    before = jax.config.jax_platforms
+    monkeypatch.setattr(jax, "devices", fails)
+    jax.config.update("jax_platforms", None)
+    try:
+        with pytest.raises(InputError, match=r"^JAX finds no devices: Unable to initialize backend 'cuda'$"):
+            make_mesh()
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
 @pytest.mark.parametrize(
     ("h", "w", "count", "expected"),
     [

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from cosmos3_jax.checks import real, whole
+from cosmos3_jax.checks import in_range
 from cosmos3_jax.errors import InputError, shown
 
 WHOLE = {  # at least
@@ -17,7 +17,7 @@ WHOLE = {  # at least
     "lora_rank": 1,
     "seed": 0,
 }
-MOST = 2**31 - 1
+MOST = dict.fromkeys(WHOLE, 2**31 - 1)
 RANGES: dict[str, tuple[float, float]] = {
     "learning_rate": (1e-12, 1),
     "weight_decay": (0, 10),
@@ -68,15 +68,7 @@ class Training:
 
         What has to do with a checkpoint (frames, sizes, fps, sound) is left as it is, to be checked as that of a request.
         """
-        values: dict[str, Any] = {}
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        left_open = {field.name for field in dataclasses.fields(self) if field.default is None and given[field.name] is None}
-        for name, least in WHOLE.items():
-            if name not in left_open:
-                values[name] = whole(name, given[name], least, MOST)
-        for name, (low, high) in RANGES.items():
-            if name not in left_open:
-                values[name] = real(name, given[name], low, high)
+        values = in_range(self, WHOLE, MOST, RANGES)
         for name in ("lora_targets", "sample_prompts"):
             values[name] = _texts(name, getattr(self, name))
         if self.train_text_tower not in (True, False):
