@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cases
 import jax.numpy as jnp
@@ -33,9 +34,9 @@ from cosmos3_jax.training.batches import Example, draw
 from cosmos3_jax.training.clips import find_clips
 from cosmos3_jax.training.objective import Loss
 from cosmos3_jax.training.post_training import Model, post_train
-from cosmos3_jax.training.run import Teller
+from cosmos3_jax.training.run import Run, Teller
 from cosmos3_jax.training.settings import Training
-from cosmos3_jax.training.update import Progress
+from cosmos3_jax.training.update import Progress, TrainState
 
 SMALL = {"num_frames": 5, "height": 32, "width": 48}
 SETTINGS = Training(
@@ -319,6 +320,14 @@ def test_a_folder_goes_on_with_its_own_run_alone(model, clips, tmp_path):
     result_files.write(others / "still.png", np.zeros((1, 48, 64, 3), np.uint8), 24.0)
     with pytest.raises(InputError, match="holds a run with clips="):
         run(model(), others, QUICK, tmp_path / "run")
+
+
+def test_a_run_is_known_again_though_json_has_no_tuples(tmp_path):
+    data = SimpleNamespace(get_state=dict)
+    Run(tmp_path, {"plan": {"seeds": (1, 2)}}).save(TrainState(jnp.int32(1), {}, ()), data)
+    Run(tmp_path, {"plan": {"seeds": (1, 2)}})
+    with pytest.raises(InputError, match=r"holds a run with plan=\{'seeds': \[1, 2\]\}"):
+        Run(tmp_path, {"plan": {"seeds": (1, 3)}})
 
 
 def test_a_folder_does_not_go_on_with_another_base(model, clips, folders, tmp_path):

@@ -159,13 +159,13 @@ def optimization(settings: Training) -> Optimization:
 
 
 def about(model: Model, clips: Sequence[Clip], settings: Training) -> dict[str, Any]:
-    """All that a run depends on but its length, as JSON has it: with another mesh it would go on too, but not bit for bit."""
+    """All that a run depends on but its length: with another mesh it would go on too, but not bit for bit."""
     free = ("steps", "save_every", "sample_every", "sample_prompts")
     values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
     said = json.dumps([[clip.path.name, clip.path.stat().st_size, clip.caption] for clip in clips])
     names = {"checkpoint": model.checkpoint.name, "weights": model.checkpoint.written("transformer")}
     names["clips"] = f"{len(clips)}, sha256 {hashlib.sha256(said.encode()).hexdigest()[:16]}"
-    return json.loads(json.dumps({**names, **dict(model.mesh.shape), "dtype": model.dtype, **values}))
+    return {**names, **dict(model.mesh.shape), "dtype": model.dtype, **values}
 
 
 def examples(

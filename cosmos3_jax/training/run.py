@@ -10,6 +10,7 @@
 import contextlib
 import csv
 import dataclasses
+import json
 import logging
 import math
 import time
@@ -56,7 +57,7 @@ class Run:
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]):
-        self.folder, self.about = folder, dict(about)
+        self.folder, self.about = folder, json.loads(json.dumps(about))  # as they are read again: no tuples
         self.saved = Saved(folder / "states")
         if self.saved.latest is None:
             return
