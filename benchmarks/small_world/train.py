@@ -80,17 +80,17 @@ class Plan:
     images: int = 1_500  # of one frame
     seeds: tuple[int, int, int] = (4, 8, 5)  # of these three
     steps: int = 24_000  # of the transformer
+    flow_shift: float = 5.0  # of the noise levels of films
     rate: float = 1.5e-3  # its highest learning rate
     batch_size: int = 32
 
 
-FURTHER = Plan(examples=2_400, pairs=1_200, images=300, seeds=(14, 18, 15), steps=1_800, rate=5e-4)
+FURTHER = Plan(examples=4_800, pairs=0, images=300, seeds=(14, 18, 15), steps=1_800, flow_shift=4.0, rate=5e-4)
 QUICK = Plan(vae_steps=2, short_steps=1, sound_steps=2, examples=8, pairs=4, images=4, steps=2, batch_size=2)
 SHORT_FILMS, FILMS = (12, autoencoders.SHORT), (3, autoencoders.LONG)  # (batch size, frames) that the VAE learns from
 SOUND_BATCH, SOUND_LATENTS = 8, 10
 QUIET = 0.01  # the sound decoder's last weights, and the last of each residual unit, begin with so much of their usual size
 VAE_RATE, SOUND_RATE = 2e-3, 1e-3  # learning rates, the highest
-DRAWS = Draws(flow_shift=5.0, image_flow_shift=3.0, caption_dropout=0.1, image_share=0.2, clip_share=0.05)
 
 RECORD = "small-world-training.json"
 
@@ -316,7 +316,8 @@ def train_transformer(
     trained, mesh = Whole(towers, jnp.float32), make_mesh()
     state = begin(values_of(towers), how, mesh)
     empty = {part: some(network, lambda path: False) for part, network in towers.items()}
-    data = batches(kinds, plan.batch_size, 8, DRAWS, nothing)
+    draws = Draws(plan.flow_shift, image_flow_shift=3.0, caption_dropout=0.1, image_share=0.2, clip_share=0.05)
+    data = batches(kinds, plan.batch_size, 8, draws, nothing)
     longest = max(len(example.ids) for kind in kinds for example in kind)
     run = Run(folder / "run", {"plan": dataclasses.asdict(plan)})
     compiled = update(trained, how, state, train_und=True)
