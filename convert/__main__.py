@@ -4,7 +4,7 @@
     python -m convert SRC --to-safetensors DST [--dtype D]
     python -m convert --inspect SRC
 
-Wrong input is a sentence on stderr and exit code 2. The last line on stdout is a JSON object.
+What goes wrong is a sentence on stderr and an exit code (cosmos3_jax/errors.py). The last line on stdout is a JSON object.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 
 from convert.inspection import inspect
+from cosmos3_jax import console
 from cosmos3_jax.conversion import convert, export, verify
 from cosmos3_jax.errors import InputError
 from cosmos3_jax.pipeline import DTYPES
@@ -32,11 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.inspect is None and (arguments.dst is None) == (arguments.to_safetensors is None):
         parser.error("give one place to write to: DST, or --to-safetensors DST")
     jax.config.update("jax_platforms", "cpu")  # weights pass through the host alone
-    try:
-        answer, code = (_write if arguments.inspect is None else _inspect)(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with console.speaking():
+        return console.ending(lambda: _command(arguments))
+
+
+def _command(arguments: argparse.Namespace) -> int:
+    answer, code = (_write if arguments.inspect is None else _inspect)(arguments)
     print(json.dumps(answer))
     return code
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from cosmos3_jax.errors import Cosmos3Error, InputError
+from cosmos3_jax.errors import Cosmos3Error, InputError, RunError
 
 CHUNK = 1 << 25  # bytes of an array that are read and written as one
 Contents = dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and dtype of every array by its name
@@ -25,7 +25,7 @@ BATCH = 1 << 30  # bytes of small arrays that go together
 def write(folder: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
     """Writes arrays as they come, a large one or a gigabyte of small ones at a time. The folder is there once all are.
 
-    Raises InputError where it cannot be written.
+    Raises RunError where it cannot be written.
     """
     batch: dict[str, np.ndarray] = {}
     for name, array in arrays:
@@ -35,12 +35,12 @@ def write(folder: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
             batch = {}
     if batch:
         _append(folder, batch)
-    with plain_errors(folder, UNWRITABLE), _context():
+    with plain_errors(folder, UNWRITABLE, RunError), _context():
         ocp.partial.finalize(folder.absolute())
 
 
 def _append(folder: Path, arrays: dict[str, np.ndarray]) -> None:
-    with plain_errors(folder, UNWRITABLE), _context():
+    with plain_errors(folder, UNWRITABLE, RunError), _context():
         ocp.partial.save(folder.absolute(), arrays)
 
 
@@ -56,7 +56,7 @@ def contents(folder: Path) -> Contents:
 def read(folder: Path, contents: Contents, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Arrays as they were stored, a large one or a gigabyte of small ones at a time; `contents` are the folder's.
 
-    Raises InputError likewise.
+    Raises what `contents` does.
     """
     left = list(names)
     while left:
@@ -87,7 +87,7 @@ def plain_errors(folder: Path, what: str, kind: type[Cosmos3Error] = InputError)
         logger.setLevel(logging.CRITICAL)
     try:
         yield
-    except (InputError, MemoryError, jax.errors.JaxRuntimeError):  # no fault of the folder's
+    except (Cosmos3Error, MemoryError, jax.errors.JaxRuntimeError):  # no fault of the folder's
         raise
     except Exception as error:
         levels = [logging.CRITICAL] * len(loggers)  # its unfinished tasks may still have something to say

@@ -23,7 +23,7 @@ from cosmos3_jax.axes import make_mesh
 from cosmos3_jax.checkpoint import Checkpoint, Weights
 from cosmos3_jax.converted import FORMAT, MARK, STORE_OF, ConvertedWeights
 from cosmos3_jax.errors import InputError
-from cosmos3_jax.folder import read_json, within, write_json
+from cosmos3_jax.folder import read_json, within, write_json, writing
 from cosmos3_jax.networks import abstract_networks
 from cosmos3_jax.published import disarrange, names_of
 from cosmos3_jax.safetensors_files import in_shards, write_tensors
@@ -101,7 +101,10 @@ def _typed(network: Network, stored: dict[str, np.dtype], dtype: str | None) -> 
 def convert(
     src: str | Path, dst: str | Path, *, dtype: str | None = None, only: Collection[str] | None = None, progress: bool = False
 ) -> Source:
-    """Writes our own folder. Raises InputError for a folder that cannot be read, or a place that is taken."""
+    """Writes our own folder.
+
+    Raises InputError for a folder that cannot be read, or a place that is taken, and RunError where writing fails.
+    """
     source = Source.open(src, dtype=dtype, only=only)
     with _whole(Path(dst), source) as folder:
         for store in source.stores:
@@ -113,14 +116,14 @@ def convert(
 
 
 def export(src: str | Path, dst: str | Path, *, dtype: str | None = None, progress: bool = False) -> Source:
-    """Writes the published layout, from either. Raises InputError likewise."""
+    """Writes the published layout, from either. Raises what `convert` does."""
     source = Source.open(src, dtype=dtype)
     publish(source, dst, progress=progress)
     return source
 
 
 def publish(source: Source, dst: str | Path, *, progress: bool = False) -> None:
-    """Writes the published layout. Raises InputError for a place that is taken."""
+    """Writes the published layout. Raises InputError for a place that is taken, and RunError where writing fails."""
     with _whole(Path(dst), source) as folder:
         for name, stores in STORES.items():
             tensors = (tensor for store in stores if store in source.stores for tensor in _tensors(source, store, progress))
@@ -196,12 +199,11 @@ def _whole(dst: Path, source: Source) -> Iterator[Path]:
     incomplete = dst.with_name(f".{dst.name}.incomplete")
     shutil.rmtree(incomplete, ignore_errors=True)  # of a run that was killed
     try:
-        incomplete.mkdir()
-        _copy_plain(source, incomplete)
-        yield incomplete
-        incomplete.rename(dst)
-    except OSError as error:
-        raise InputError(f"{dst}: cannot be written ({error})") from error
+        with writing(dst):
+            incomplete.mkdir()
+            _copy_plain(source, incomplete)
+            yield incomplete
+            incomplete.rename(dst)
     finally:
         shutil.rmtree(incomplete, ignore_errors=True)
 

@@ -19,10 +19,11 @@ from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main
 from convert.random_checkpoint import sound_shapes, write_checkpoint
-from cosmos3_jax import Cosmos3Pipeline, InputError, array_store, conversion, make_mesh
+from cosmos3_jax import Cosmos3Pipeline, InputError, RunError, array_store, conversion, make_mesh, safetensors_files
 from cosmos3_jax.checkpoint import Checkpoint, load
 from cosmos3_jax.config import TINY_FULL_SOUND, TINY_SOUND
 from cosmos3_jax.converted import FORMAT, MARK
+from cosmos3_jax.errors import StoppedError
 from cosmos3_jax.networks import abstract_networks, abstract_sound_encoder
 from cosmos3_jax.safetensors_files import in_shards, write_tensors
 from cosmos3_jax.weights import by_path
@@ -512,6 +513,19 @@ def test_a_full_disk(published, run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("to", [[], ["--to-safetensors"]], ids=["ours", "published"])
+def test_a_disk_that_fills_on_the_way(to, published, run, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(array_store.ocp.partial, "save", full)
+    monkeypatch.setattr(safetensors_files, "save_file", full)
+    code, _, said = run(published("small"), *to, tmp_path / "dst")
+    assert code == 1
+    assert re.fullmatch(rf"error: {tmp_path}/.*dst.*: cannot be written \(.*No space left on device\)\n", said)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_a_cpu_it_says_what_is_missing(published, tmp_path, monkeypatch, capsys):
     def none(backend):
         raise RuntimeError(f"Unknown backend {backend}")
@@ -539,8 +553,8 @@ def test_an_exception_in_the_middle_leaves_nothing(to, error, published, tmp_pat
     words = [str(published("small")), *to, str(tmp_path / "dst")]
     with monkeypatch.context() as patch:
         patch.setattr(conversion.Source, "read", fail)
-        if isinstance(error, OSError):
-            assert main(words) == 2
+        if code := {OSError: RunError.exit_code, KeyboardInterrupt: StoppedError("").exit_code}.get(type(error)):
+            assert main(words) == code
         else:
             with pytest.raises(type(error)):
                 main(words)
