@@ -15,7 +15,7 @@ from cosmos3_jax import result_files
 from cosmos3_jax.errors import Cosmos3Error, DeviceError, InputError, OutOfMemoryError, StoppedError
 from cosmos3_jax.output_folder import OutputFolder, Stamp
 from cosmos3_jax.processes import agree, are_several, told
-from cosmos3_jax.provenance import alike
+from cosmos3_jax.provenance import as_good
 from cosmos3_jax.request import ResolvedRequest
 from cosmos3_jax.requests_file import Line
 from cosmos3_jax.result import Result
@@ -70,7 +70,7 @@ class Batch:
         except Cosmos3Error as error:
             self._failed(line, error)
             return
-        if folder.has(line.name, lambda there: alike(there, self.metadata(request))):
+        if folder.has(line.name, lambda there: as_good(there, self.metadata(request))):
             self.tally.finished_before.append(line.name)
         else:
             self.waiting[index] = stamp

@@ -106,7 +106,7 @@ def _generate_many(arguments: argparse.Namespace) -> int:
     lines = read_requests(arguments.requests)
     sound = bool(arguments.enable_sound) or any(line.words.get("enable_sound") for line in lines)
     checkpoint, mesh = Checkpoint.open(_path(arguments), weights=False, sound=sound), make_mesh(arguments.cfg, arguments.tp)
-    lora = [each.identity for each in open_loras(arguments.lora)]
+    lora, guardrails = [each.identity for each in open_loras(arguments.lora)], safety.planned(arguments.guardrails)
     dtype, folder = dtype_on(mesh, arguments.dtype), OutputFolder(Path(arguments.out_dir)) if processes.is_first() else None
 
     def resolved(line: Line) -> ResolvedRequest:
@@ -114,7 +114,7 @@ def _generate_many(arguments: argparse.Namespace) -> int:
 
     def metadata(request: ResolvedRequest) -> Mapping[str, Any]:
         request = open_media(request, checkpoint.vae)
-        return provenance(request, checkpoint, mesh, dtype, quantize=arguments.quantize, guardrails=None, lora=lora)
+        return provenance(request, checkpoint, mesh, dtype, quantize=arguments.quantize, guardrails=guardrails, lora=lora)
 
     batch = Batch(lines, folder, resolved, metadata, fail_fast=arguments.fail_fast)
     with stoppable() as check:

@@ -72,7 +72,7 @@ def chosen(asked: SafetyChecker | bool | None = None) -> SafetyChecker | None:
     if isinstance(wanted, bool | None):
         if wanted is False:
             return None
-        if importlib.util.find_spec(PACKAGE) is not None:
+        if _is_installed():
             return CosmosGuardrail()
         if wanted:
             raise InputError(f"guardrails: {PACKAGE} is not installed; {INSTALL}, {OR_NONE}")
@@ -82,6 +82,11 @@ def chosen(asked: SafetyChecker | bool | None = None) -> SafetyChecker | None:
         expected = "True, False, None or an object with check_prompt and check_video is expected"
         raise InputError(f"safety_checker: {expected}, not {_kind(wanted)}")
     return wanted
+
+
+def planned(asked: bool | None = None) -> str | None:
+    """The name of the checker that `chosen` gives, which is not loaded for it; None if there is none."""
+    return PACKAGE if _wanted(asked) is not False and _is_installed() else None
 
 
 def in_words(checker: SafetyChecker | None, asked: SafetyChecker | bool | None = None) -> str:
@@ -121,6 +126,10 @@ def check_video(checker: SafetyChecker, frames: np.ndarray) -> np.ndarray:
     if frames.dtype == np.uint8:
         return passed
     return frames if np.array_equal(passed, shown) else np.where(passed == shown, frames, passed / np.float32(255))
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec(PACKAGE) is not None
 
 
 def _wanted(asked: Any) -> Any:

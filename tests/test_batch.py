@@ -26,7 +26,7 @@ from PIL import Image
 from test_processes import LAUNCHERS, QUICK, Process, together, wait_until
 from test_stop import heeded  # noqa: F401
 
-from cosmos3_jax import BlockedError, Cosmos3Pipeline, InputError, OutOfMemoryError, generate, media, output_folder
+from cosmos3_jax import BlockedError, Cosmos3Pipeline, InputError, OutOfMemoryError, generate, media, output_folder, safety
 from cosmos3_jax.compilation_cache import remove_cut_off
 from cosmos3_jax.output_folder import OutputFolder
 
@@ -217,6 +217,19 @@ def test_a_request_that_changed_is_made_anew(batch, out, picture, tmp_path, what
     after = files(out)
     assert {name for name in after if after[name] != before.get(name)} == {"a.mp4", "a.json"}
     assert batch(changed, B).told["finished_before"] == ["a", "b"]
+
+
+def test_what_was_made_unchecked_is_made_anew_with_guardrails(batch, out, monkeypatch):
+    class Passing:
+        check_prompt = check_video = staticmethod(lambda value: None if isinstance(value, str) else value)
+
+    monkeypatch.setattr(safety, "_is_installed", lambda: True)
+    monkeypatch.setattr(safety, "CosmosGuardrail", Passing)
+    batch(A)
+    assert batch(A, flags=["--guardrails"]).told["done"] == ["a"]
+    assert record(out, "a")["metadata"]["guardrails"] == "cosmos_guardrail"
+    assert batch(A, flags=["--guardrails"]).told["finished_before"] == ["a"]
+    assert batch(A, flags=["--no-guardrails"]).told["finished_before"] == ["a"]
 
 
 def test_an_image_whose_content_changed_is_shown_anew(batch, out, picture):

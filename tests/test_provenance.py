@@ -12,7 +12,7 @@ import cosmos3_jax
 from cosmos3_jax import Cosmos3Pipeline, media
 from cosmos3_jax.checkpoint import BUILT_IN, Checkpoint
 from cosmos3_jax.conversion import convert
-from cosmos3_jax.provenance import alike
+from cosmos3_jax.provenance import as_good
 
 SMALL = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2, "progress": False}
 PNG = SMALL | {"num_frames": 1, "output_type": "pil"}
@@ -161,7 +161,6 @@ def test_a_mark_with_another_revision_tells_none(tmp_path, revision):
         ({"version": "9"}, True),
         ({"jax": "9"}, True),
         ({"cfg": 2, "tp": 4}, True),
-        ({"guardrails": "cosmos_guardrail"}, True),
         ({"computed_steps": 1}, True),
         ({"seed": 1}, False),
         ({"prompt": "b"}, False),
@@ -173,4 +172,12 @@ def test_a_mark_with_another_revision_tells_none(tmp_path, revision):
 )
 def test_what_is_as_good(change, same):
     metadata = {"version": "0", "jax": "0", "cfg": 1, "tp": 1, "dtype": "float32", "prompt": "a", "seed": 0}
-    assert alike(metadata, metadata | change) == alike(metadata | change, metadata) == same
+    assert as_good(metadata, metadata | change) == as_good(metadata | change, metadata) == same
+
+
+def test_what_was_checked_is_as_good_and_what_was_not_is_not():
+    unchecked, checked = {"prompt": "a"}, {"prompt": "a", "guardrails": "cosmos_guardrail"}
+    assert as_good(checked, unchecked)
+    assert as_good(checked, checked)
+    assert not as_good(unchecked, checked)
+    assert not as_good({"prompt": "a", "guardrails": "Mine"}, checked)
