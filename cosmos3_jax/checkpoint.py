@@ -5,6 +5,7 @@ The folder is in the published layout (published.py) or was written by `python -
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -53,6 +54,9 @@ class Weights(Protocol):
 
     def beside(self, store: str) -> dict[str, tuple[int, ...]]:
         """Shapes, by name, of what no network reads: "unused" tensors of the transformer, or the "sound_tokenizer"."""
+
+    def fingerprint(self, folder: str) -> str:
+        """What tells the weights of a published folder from others."""
 
     def arrays(self, store: str) -> Iterator[tuple[str, np.ndarray]]:
         """The arrays of `beside`, in the order of their names, as they are stored."""
@@ -134,14 +138,18 @@ class Checkpoint:
         revision = read_json(self.folder / MARK).get("revision")
         return revision if isinstance(revision, str) else None
 
-    def written(self, *folders: str) -> str:
-        """What tells the weights in these folders from others: the commit, or else a checksum of files' sizes and times."""
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """What tells the weights of each folder from others, wherever they lie. Raises InputError where they cannot be read."""
+        weights, sound = self.weights(), self.sound is not None
+        return {folder: weights.fingerprint(folder) for folder in ("transformer", "vae", *["sound_tokenizer"] * sound)}
+
+    def identity(self, *folders: str) -> str:
+        """What tells the weights in these folders from others: the commit, or else a checksum of a sample of each."""
         if self.revision is not None:
             return self.revision
-        files = [self.folder / MARK, *(file for name in folders for file in (self.folder / name).glob("*.safetensors"))]
-        stats = [(file.name, file.stat()) for file in sorted(files) if file.is_file()]
-        about = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-        return f"files of sha256 {hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}"
+        found = " ".join(self.fingerprints[folder] for folder in folders)
+        return f"sample of sha256 {hashlib.sha256(found.encode()).hexdigest()[:16]}"
 
     @property
     def configs(self) -> tuple[TransformerConfig, VAEConfig, SchedulerConfig, SoundConfig | None]:

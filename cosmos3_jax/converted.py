@@ -2,7 +2,7 @@
 
 | in the folder            | |
 |---|---|
-| cosmos3_jax.json         | what this is, which stores there are, and the dtype, if one was chosen |
+| cosmos3_jax.json         | what this is, which stores there are, the dtype, if one was chosen, and what they were made of |
 | weights/und, gen, vae    | a store (array_store.py) for each network: its weights by their path, layers stacked |
 | weights/unused           | tensors of the transformer that nothing reads, by published name, so that nothing is lost |
 | weights/sound_tokenizer  | all of the sound tokenizer's, likewise: decoder and encoder, and both parts of weight norms |
@@ -53,6 +53,7 @@ class ConvertedWeights:
             )
         if not isinstance(self.stores, list) or not self.stores or not all(store in STORES for store in self.stores):
             raise InputError(f"{folder / MARK}: stores={self.stores!r} should be some of {', '.join(STORES)}; convert it again")
+        self._fingerprints = about.get("fingerprints", {})  # older folders have none
         if self.dtype not in (None, *KINDS):
             raise InputError(f"{folder / MARK}: dtype={self.dtype!r} should be null or one of {', '.join(KINDS)}")
 
@@ -63,6 +64,11 @@ class ConvertedWeights:
             check_files(self.folder, folder)
             self._contents[store] = array_store.contents(folder)
         return self._contents.get(store, {})
+
+    def fingerprint(self, folder: str) -> str:
+        """That of the published folder which the weights were made of, and the dtype that was chosen for them, if any."""
+        found = self._fingerprints.get(folder) if isinstance(self._fingerprints, dict) else None
+        return f"{found} {self.dtype or ''}".strip()
 
     def arrays(self, store: str) -> Iterator[tuple[str, np.ndarray]]:
         """The arrays of `beside`, in the order of their names, as they are stored."""

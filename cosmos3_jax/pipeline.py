@@ -42,7 +42,7 @@ from cosmos3_jax.stage import failures_told, timed
 from cosmos3_jax.weights import Network
 
 DTYPES = ("float32", "bfloat16")
-OWN = ("checkpoint", "revision", "guardrails")  # of a result's metadata: what each process may have another name for
+OWN = ("checkpoint", "revision", "weights", "guardrails")  # of a result's metadata: what each process may have another name for
 # Else XLA drops some roundings to bf16, others on each mesh, and results differ between meshes by as much as from float32.
 AS_WRITTEN = {"xla_allow_excess_precision": False}
 

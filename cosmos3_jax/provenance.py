@@ -24,8 +24,13 @@ def provenance(
     guardrails: str | None,
     lora: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Versions, the checkpoint, its revision and adapters, the mesh, how it is computed, and every setting of the request."""
+    """Versions, the checkpoint, its revision or weights, adapters, the mesh, how it is computed, and the request's settings.
+
+    Raises InputError for weights that cannot be read.
+    """
     made_by = {"version": VERSION, "jax": jax.__version__, "checkpoint": checkpoint.name, "revision": checkpoint.revision}
+    if checkpoint.revision is None:
+        made_by["weights"] = checkpoint.identity("transformer", "vae", *["sound_tokenizer"] * bool(request.enable_sound))
     how = {"lora": list(lora) or None, **mesh.shape, "dtype": dtype, "quantize": quantize, "guardrails": guardrails}
     given = {name: value for name, value in (made_by | how).items() if value is not None}
     return given | in_json(request, checkpoint.scheduler)

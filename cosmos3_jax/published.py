@@ -222,6 +222,10 @@ class PublishedWeights:
             raise InputError(f"{self.folder / store}: {faults(files.problems)}")
         return files.shapes()
 
+    def fingerprint(self, folder: str) -> str:
+        """A checksum of a sample of all tensors of a folder: after any training it is another."""
+        return self._files(folder).fingerprint()
+
     def arrays(self, store: str) -> Iterator[tuple[str, np.ndarray]]:
         """The tensors of `beside`, in the order of their names, as they are stored."""
         files = self._files("transformer" if store == "unused" else store)

@@ -5,6 +5,7 @@ mapped into memory: nothing is read before it is copied from. Pickle files are n
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import mmap
@@ -23,6 +24,7 @@ STEM = "diffusion_pytorch_model"  # what diffusers calls the weights of every pa
 INDEX = f"{STEM}.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+SAMPLE = 4096  # bytes of each tensor, in a fingerprint
 SHARD = 5_000_000_000  # bytes at most in one file, as in the published folders
 
 
@@ -39,6 +41,10 @@ class Tensor:
     def view(self) -> np.ndarray:
         """The tensor as it is stored, read when it is touched."""
         return np.frombuffer(self.mapped, DTYPES[self.kind], math.prod(self.shape), self.start).reshape(self.shape)
+
+    def sample(self) -> bytes:
+        """Its first bytes."""
+        return self.mapped[self.start : self.start + min(self.nbytes, SAMPLE)]
 
     def release(self) -> None:
         """Gives the memory back in which the system holds what was read: it counts as this process's until then."""
@@ -79,6 +85,13 @@ class TensorFolder:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor."""
         return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def fingerprint(self) -> str:
+        """A checksum of names, dtypes, shapes and a sample of every tensor, in whichever files they are."""
+        checksum = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            checksum.update(json.dumps([name, tensor.kind, tensor.shape]).encode() + tensor.sample())
+        return checksum.hexdigest()[:16]
 
 
 def _listing(folder: Path) -> tuple[dict[str, str], int | None]:

@@ -337,7 +337,7 @@ def test_a_folder_does_not_go_on_with_another_base(model, clips, folders, tmp_pa
     made = run(model(folder=bases[0]), clips, QUICK, tmp_path / "run")
     shutil.rmtree(bases[1] / "transformer")
     shutil.copytree(made / "transformer", bases[1] / "transformer")  # of the same name and the same sizes
-    with pytest.raises(InputError, match="holds a run with weights='files of sha256"):
+    with pytest.raises(InputError, match="holds a run with weights='sample of sha256"):
         run(model(folder=bases[1]), clips, QUICK, tmp_path / "run")
 
 

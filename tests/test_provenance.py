@@ -2,17 +2,20 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import cases
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import cosmos3_jax
 from cosmos3_jax import Cosmos3Pipeline, media
 from cosmos3_jax.checkpoint import BUILT_IN, Checkpoint
-from cosmos3_jax.conversion import convert
+from cosmos3_jax.conversion import convert, export
 from cosmos3_jax.provenance import as_good
+from cosmos3_jax.safetensors_files import STEM, in_shards, write_tensors
 
 SMALL = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 2, "progress": False}
 PNG = SMALL | {"num_frames": 1, "output_type": "pil"}
@@ -30,6 +33,7 @@ def test_what_a_result_tells(pipe):
         "version": cosmos3_jax.__version__,
         "jax": jax.__version__,
         "checkpoint": "built-in",
+        "weights": pipe.checkpoint.identity("transformer", "vae"),
         "cfg": 1,
         "tp": 1,
         "dtype": "float32",
@@ -143,6 +147,29 @@ def test_a_download_tells_its_commit_and_hands_it_on(tmp_path):
     assert (metadata["checkpoint"], metadata["revision"]) == ("converted", COMMIT)
 
 
+def identity(folder: Path, part: str = "transformer") -> str:
+    return Checkpoint.open(folder).identity(part)
+
+
+def test_weights_are_told_from_others_wherever_they_lie(tmp_path):
+    """In other files, in either layout; one number of one tensor is enough."""
+    for name in "ab":
+        shutil.copytree(BUILT_IN, tmp_path / name)
+    file = tmp_path / "b" / "transformer" / f"{STEM}.safetensors"
+    tensors = load_file(file)
+    write_tensors(tmp_path / "a" / "transformer", in_shards(tensors.items(), limit=1_000_000))
+    (tmp_path / "a" / "transformer" / file.name).unlink()
+    convert(tmp_path / "a", tmp_path / "converted")
+    export(tmp_path / "converted", tmp_path / "exported")
+    same = {identity(folder) for folder in (BUILT_IN, *(tmp_path / name for name in ("a", "b", "converted", "exported")))}
+    convert(tmp_path / "a", tmp_path / "float32", dtype="float32")
+    next(iter(tensors.values())).flat[0] += 1
+    save_file(tensors, file, {"format": "pt"})
+    others = {identity(tmp_path / "b"), identity(tmp_path / "float32"), identity(BUILT_IN, "vae")}
+    assert len(same) == 1
+    assert len(others - same) == 3
+
+
 @pytest.mark.parametrize("revision", [None, 5, ["a"]])
 def test_a_mark_with_another_revision_tells_none(tmp_path, revision):
     convert(BUILT_IN, tmp_path / "converted")
@@ -166,6 +193,7 @@ def test_a_mark_with_another_revision_tells_none(tmp_path, revision):
         ({"prompt": "b"}, False),
         ({"dtype": "bfloat16"}, False),
         ({"revision": COMMIT}, False),
+        ({"weights": "sample of sha256 0"}, False),
         ({"image": "1x1, sha256 0"}, False),
     ],
     ids=str,

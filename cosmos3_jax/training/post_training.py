@@ -163,7 +163,7 @@ def about(model: Model, clips: Sequence[Clip], settings: Training) -> dict[str, 
     free = ("steps", "save_every", "sample_every", "sample_prompts")
     values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
     said = json.dumps([[clip.path.name, clip.path.stat().st_size, clip.caption] for clip in clips])
-    names = {"checkpoint": model.checkpoint.name, "weights": model.checkpoint.written("transformer")}
+    names = {"checkpoint": model.checkpoint.name, "weights": model.checkpoint.identity("transformer")}
     names["clips"] = f"{len(clips)}, sha256 {hashlib.sha256(said.encode()).hexdigest()[:16]}"
     return {**names, **dict(model.mesh.shape), "dtype": model.dtype, **values}
 
@@ -184,7 +184,7 @@ def examples(
     """
     made_by = {
         "checkpoint": str(model.checkpoint.folder.resolve()),
-        "weights": model.checkpoint.written("vae", *["sound_tokenizer"] * asked.enable_sound),
+        "weights": model.checkpoint.identity("vae", *["sound_tokenizer"] * asked.enable_sound),
         "dtype": model.dtype,
         "shape": [asked.num_frames, asked.height, asked.width],
         "fps": asked.fps,
