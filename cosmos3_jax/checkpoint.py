@@ -55,9 +55,6 @@ class Weights(Protocol):
     def beside(self, store: str) -> dict[str, tuple[int, ...]]:
         """Shapes, by name, of what no network reads: "unused" tensors of the transformer, or the "sound_tokenizer"."""
 
-    def fingerprint(self, folder: str) -> str:
-        """What tells the weights of a published folder from others."""
-
     def arrays(self, store: str) -> Iterator[tuple[str, np.ndarray]]:
         """The arrays of `beside`, in the order of their names, as they are stored."""
 
@@ -156,7 +153,7 @@ class Checkpoint:
         """What a request is resolved for."""
         return self.transformer, self.vae, self.scheduler, self.sound
 
-    def weights(self) -> Weights:
+    def weights(self) -> PublishedWeights | ConvertedWeights:
         """Its weights, in whichever layout. Raises InputError for files that cannot be read."""
         if (self.folder / MARK).is_file():
             return ConvertedWeights(self.folder, self.transformer)

@@ -110,8 +110,11 @@ def convert(
         for store in source.stores:
             array_store.write(folder / "weights" / store, _shown(source, store, progress))
         revision = {"revision": source.checkpoint.revision} if source.checkpoint.revision else {}
-        parts = [part for part, stores in STORES.items() if set(stores) & set(source.stores)]
-        fingerprints = {part: source.weights.fingerprint(part) for part in parts}
+        parts, weights = (
+            [part for part, stores in STORES.items() if set(stores) & set(source.stores)],
+            source.checkpoint.weights(),
+        )
+        fingerprints = {part: weights.fingerprint(part) for part in parts}
         about = {"format": FORMAT, "version": VERSION, "dtype": dtype, "stores": source.stores, "fingerprints": fingerprints}
         write_json(folder / MARK, about | revision)
     return source

@@ -17,7 +17,7 @@ BUILT_IN_DEFAULTS: dict[str, Any] = {
     "height": 128,
     "width": 128,
     "num_inference_steps": 35,
-    "guidance_scale": 3.0,
+    "guidance_scale": 2.0,
     "flow_shift": 3.0,
 }
 
