@@ -138,7 +138,7 @@ def test_what_is_told_makes_it_again(shoot, sound):
     told = {name.replace("_", "-"): value for name, value in done.told.items()}
     told["steps"] = told.pop("num-inference-steps")
     assert told.pop("enable-sound", False) == bool(sound)
-    names = told.keys() - {"out", "seconds", "version", "jax", "mesh", "guardrails"}
+    names = told.keys() - {"out", "seconds", "version", "jax", "weights", "mesh", "guardrails"}
     again, other = shoot(*sound, *(f"--{name}={told[name]}" for name in names)), shoot(*asked, "--seed", 8)
     np.testing.assert_array_equal(again.frames, done.frames)
     assert (again.frames != other.frames).any()
