@@ -681,9 +681,10 @@ def test_faults_of_a_sound_tokenizer(layout, fault, request, run, tmp_path):
 def test_inspecting_reads_no_weight(published, converted, run, monkeypatch):
     from cosmos3_jax.safetensors_files import Tensor
 
+    folders = published("heads"), converted("heads")
     monkeypatch.setattr(Tensor, "view", lambda self: pytest.fail("a tensor was read"))
     monkeypatch.setattr(array_store, "read", lambda *_: pytest.fail("an array was read"))
-    for folder in (published("heads"), converted("heads")):
+    for folder in folders:
         assert run("--inspect", folder)[0] == 0
 
 
