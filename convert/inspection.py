@@ -20,7 +20,7 @@ SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention
 def inspect(path: str | Path) -> tuple[str, dict[str, Any]]:
     """The same in words and as JSON. Raises InputError for a folder that is no checkpoint at all."""
     checkpoint = Checkpoint.open(path, sound=True)
-    config, weights = checkpoint.transformer, checkpoint.weights()
+    config, weights = checkpoint.transformer, checkpoint.weights
     mesh = make_mesh(devices=jax.devices("cpu")[:1])
     networks = abstract_networks(config, checkpoint.vae, mesh, "bfloat16", checkpoint.sound).by_name()
     about: dict[str, Any] = {

@@ -138,8 +138,8 @@ class Checkpoint:
     @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
         """What tells the weights of each folder from others, wherever they lie. Raises InputError where they cannot be read."""
-        weights, sound = self.weights(), self.sound is not None
-        return {folder: weights.fingerprint(folder) for folder in ("transformer", "vae", *["sound_tokenizer"] * sound)}
+        folders = ("transformer", "vae", *["sound_tokenizer"] * (self.sound is not None))
+        return {folder: self.weights.fingerprint(folder) for folder in folders}
 
     def identity(self, *folders: str) -> str:
         """What tells the weights in these folders from others: the commit, or else a checksum of a sample of each."""
@@ -153,8 +153,9 @@ class Checkpoint:
         """What a request is resolved for."""
         return self.transformer, self.vae, self.scheduler, self.sound
 
+    @functools.cached_property
     def weights(self) -> PublishedWeights | ConvertedWeights:
-        """Its weights, in whichever layout. Raises InputError for files that cannot be read."""
+        """Its weights, in whichever layout, opened once. Raises InputError for files that cannot be read."""
         if (self.folder / MARK).is_file():
             return ConvertedWeights(self.folder, self.transformer)
         return PublishedWeights(self.folder, self.transformer)
@@ -165,11 +166,10 @@ class Checkpoint:
         Raises InputError with every tensor that is missing, unexpected, misshapen or not of floats; nothing was read by then.
         """
         with _readable(self.folder):
-            weights = self.weights()
-            problems = weights.audit(networks)
+            problems = self.weights.audit(networks)
         if problems:
             raise InputError(f"{self.folder}: {faults(problems, ' in the tensors')}")
-        return weights
+        return self.weights
 
 
 @contextlib.contextmanager

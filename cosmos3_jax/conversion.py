@@ -110,11 +110,8 @@ def convert(
         for store in source.stores:
             array_store.write(folder / "weights" / store, _shown(source, store, progress))
         revision = {"revision": source.checkpoint.revision} if source.checkpoint.revision else {}
-        parts, weights = (
-            [part for part, stores in STORES.items() if set(stores) & set(source.stores)],
-            source.checkpoint.weights(),
-        )
-        fingerprints = {part: weights.fingerprint(part) for part in parts}
+        parts = [part for part, stores in STORES.items() if set(stores) & set(source.stores)]
+        fingerprints = {part: source.checkpoint.weights.fingerprint(part) for part in parts}
         about = {"format": FORMAT, "version": VERSION, "dtype": dtype, "stores": source.stores, "fingerprints": fingerprints}
         write_json(folder / MARK, about | revision)
     return source
@@ -158,7 +155,7 @@ def verify(
 
     `dtype` and `only` are those of the conversion, or left out. Raises InputError if anything differs.
     """
-    made = Checkpoint.open(dst, sound=True).weights()
+    made = Checkpoint.open(dst, sound=True).weights
     if not isinstance(made, ConvertedWeights):
         raise InputError(f"{dst}: not a folder that `python -m convert` wrote: no {MARK} there")
     parts = [part for part, stores in STORES.items() if set(stores) & set(made.stores)]
